@@ -65,6 +65,7 @@ def test_a_recall_out_of_range_is_refused(recall):
         ((["a", 5], ["c", "d"]), TypeError, r"1 of 2 texts are not strings"),
         (("ab", ["c", "d"]), TypeError, r"texts is one string"),
         ((["a", "b"], ["c", None]), TypeError, r"not strings"),
+        ((["a", "b"], ["c", "d"], ["e", "D "]), ValueError, r"1 texts are in paraphrases and in retain_texts, .* 'd'"),
         ((["a", "b"], ["c", "d"], []), ValueError, r"paraphrases is empty"),
         ((["a", "b"], ["c", "d"], "a"), TypeError, r"texts is one string"),
     ],

@@ -7,104 +7,20 @@ import logging
 import os
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .command import Command, printable
-from .shared import LoadOptions, option, prompts_left_out, saved_prompt
+from .serve_options import VLLM_URL, ServeOptions, check, folders_of
+from .shared import prompts_left_out, saved_prompt
 
 if TYPE_CHECKING:
     from ..records.ledger_states import RequestState
     from ..serving.served import ServedPrompts
 
 logger = logging.getLogger(__name__)
-
-VLLM_URL = "http://127.0.0.1:8000"
-
-
-@dataclass(kw_only=True)
-class ServeOptions(LoadOptions):
-    """Options of `spul serve`."""
-
-    model: str = option("the base, by name or folder", ...)
-    prompts: list[str] = field(
-        default_factory=list,
-        metadata={
-            "help": "NAME=FOLDER of each prompt, or fixed refusal, with its gate, the first first where several gates "
-            "flag a request; or one folder that GatedUnlearner.save_pretrained wrote; with a ledger a name is that of "
-            "a request in it"
-        },
-    )
-    always: list[str] = field(
-        default_factory=list, metadata={"help": "names of prompts that every request gets, without asking a gate"}
-    )
-    allow_other_base: bool = option("serve prompts although their records do not name this base's weights", False)
-    served_model_name: str | None = option("the model's name in requests; the last part of --model by default")
-    device: str | None = option("where the base runs; a GPU by default, if there is one")
-    engine: str = option(
-        "transformers, which answers in this process, or vllm, in front of a running vLLM", "transformers"
-    )
-    vllm_url: str | None = option(f"where vLLM runs; {VLLM_URL} by default")
-    vllm_model: str | None = option("the model's name at vLLM; --model by default")
-    vllm_key_file: str | None = option("file with vLLM's API key")
-    host: str = option("address to bind to", "127.0.0.1")
-    port: int = option("port to bind to; 0 for a free one", 8080)
-    admin_token_file: str | None = option("file with the token that lets its holder add and revoke prompts")
-    prompts_dir: str | None = option("folder within which prompts may be added")
-    ledger: str | None = option(
-        "file of the ledger that gets an entry of each answer, and of each prompt that comes or goes; it has the "
-        "requests after which the prompts are named, and one that it says is revoked is not served, or no longer"
-    )
-    server_name: str | None = option(
-        "name of this server in the ledger, another for each that shares it; machine, host and port by default"
-    )
-    record: str | None = option(
-        "MODULE:FUNCTION that takes each event, a dict: an answer, a prompt that comes or goes"
-    )
-    max_body_bytes: int = option("most bytes of a request", 1 << 20)
-    max_prompt_tokens: int | None = option("most tokens of a request; as many as the model has positions by default")
-    max_new_tokens: int = option("most tokens of an answer", 512)
-    max_batch: int = option("most requests that are answered together", 16)
-    max_waiting: int = option("most requests that may wait", 128)
-    timeout: float = option("most seconds for a request", 120.0)
-
-
-def check(options: ServeOptions) -> None:
-    """Raise for options that contradict each other, a ledger that cannot go on, and files and folders that are not
-    there, before torch is imported.
-
-    Raises:
-        FileNotFoundError: if a folder or a file is missing.
-        ValueError: if options cannot be used.
-    """
-    from ..records.files import check_is_file
-    from ..records.ledger import Ledger
-
-    if options.engine not in ("transformers", "vllm"):
-        raise ValueError(f'engine={options.engine!r}; expected "transformers" or "vllm".')
-    _check_names(options)
-    of_vllm = [name for name in ("vllm_url", "vllm_model", "vllm_key_file") if getattr(options, name) is not None]
-    if of_vllm and options.engine != "vllm":
-        raise ValueError(f"{of_vllm[0]} is given, and the engine is {options.engine}; give --engine vllm as well.")
-    if options.prompts_dir is not None and options.admin_token_file is None:
-        raise ValueError("prompts_dir is for adding prompts, which needs admin_token_file.")
-    for path in (options.vllm_key_file, options.admin_token_file):
-        if path is not None and not Path(path).is_fifo():  # a pipe, as a shell makes it of <(pass show token)
-            check_is_file(path)
-    folders = _folders(options.prompts)
-    if not folders:
-        raise ValueError(
-            "there is no prompt to serve, and the base alone is not served. Name one with its gate: --prompts "
-            "NAME=FOLDER, where FOLDER has the prompt, or a fixed refusal, and its gate in gate/; --always NAME has "
-            "it on without a gate."
-        )
-    if options.always and not isinstance(folders, dict):
-        raise ValueError("always goes with prompts that are named: --prompts NAME=FOLDER.")
-    if options.ledger is not None:
-        Ledger(options.ledger).check_goes_on()
 
 
 def _check_listens(host: str, port: int) -> None:
@@ -177,21 +93,6 @@ def build(options: ServeOptions) -> tuple[Any, Any]:
     return make_app(engine, model, limits, record, token, check_noted, _states(options), _name(options)), limits
 
 
-def _check_names(options: ServeOptions) -> None:
-    """Raise for an empty name: the default would take its place in silence, and an empty host is every interface."""
-    from ..records.ledger_events import check_server
-
-    examples = {
-        "served_model_name": "opt-1.3b",
-        "server_name": "gpu-1",
-        "vllm_model": "facebook/opt-1.3b",
-        "host": "127.0.0.1",
-    }
-    for name, example in examples.items():
-        if (value := getattr(options, name)) is not None:
-            check_server(value, name, example)
-
-
 def what_is_served(options: ServeOptions, served: ServedPrompts) -> list[str]:
     """A line for each request: name, folder, type and length of its prompt, its gate, and how the ledger has it."""
     from peft import PeftType
@@ -199,7 +100,7 @@ def what_is_served(options: ServeOptions, served: ServedPrompts) -> list[str]:
     from ..records.ledger import Ledger
     from ..serving.loading import ALWAYS
 
-    folders = _folders(options.prompts)
+    folders = folders_of(options.prompts)
     states = {} if options.ledger is None else Ledger(options.ledger).states()
     configs: Any = served.gated.unlearner.peft_config
     lines = []
@@ -222,7 +123,7 @@ def _check_noted(options: ServeOptions) -> Callable[[str, str | None, bool], Non
         return lambda name, prompt_sha256, has_weights: None
     from ..records.ledger import Ledger
 
-    ledger, folder = Ledger(options.ledger), _folders(options.prompts)
+    ledger, folder = Ledger(options.ledger), folders_of(options.prompts)
 
     def check_noted(name: str, prompt_sha256: str | None, has_weights: bool) -> None:
         ledger.check_not_revoked(name, prompt_sha256, has_weights)
@@ -267,7 +168,7 @@ def _loaded(options: ServeOptions, check_noted: Callable[[str, str | None, bool]
     from ..serving.proxy import check_address
     from ..serving.served import ServedPrompts
 
-    folders = _folders(options.prompts)
+    folders = folders_of(options.prompts)
     best = "cuda" if torch.cuda.is_available() and options.engine == "transformers" else "cpu"
     device = best if options.device is None else options.device
     # All that can be refused is, before minutes of loading.
@@ -318,21 +219,6 @@ def _gated_names(folder: str) -> list[str]:
             f"--adapter {folder}, or have the prompt on for every request, --prompts NAME={folder} --always NAME."
         )
     return read_routing(folder)[1]["prompts"]
-
-
-def _folders(prompts: Sequence[str]) -> dict[str, str] | str:
-    """The folders of prompts by their names, or the one of all."""
-    if len(prompts) == 1 and "=" not in prompts[0]:
-        return prompts[0]
-    found: dict[str, str] = {}
-    for one in prompts:
-        name, is_named, folder = one.partition("=")
-        if not (is_named and name and folder) or name in found:
-            raise ValueError(f"prompts has {one!r}; expected NAME=FOLDER, each name once.")
-        if not Path(folder).is_dir():
-            raise FileNotFoundError(f"{folder!r}, of the prompt {name!r}, is no folder.")
-        found[name] = folder
-    return found
 
 
 def _engine(options: ServeOptions, served: Any, limits: Any, key: str | None) -> Any:

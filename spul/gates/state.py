@@ -86,9 +86,9 @@ class StateGate(Gate):
 
         Raises:
             TypeError: if a text is no string, or model or tokenizer is none.
-            ValueError: if a group has fewer than two different texts, the groups share one, the recall is out of range
-                or not reached without flagging everything, there is no such layer, a text is too long, or weights of
-                the base are not in memory.
+            ValueError: if a group has fewer than two different texts, a text to retain is in another, the recall is
+                out of range or not reached without flagging everything, there is no such layer, a text is too long, or
+                weights of the base are not in memory.
 
         Source: Alain and Bengio, *Understanding intermediate layers using linear classifier probes*,
         https://arxiv.org/abs/1610.01644

@@ -99,8 +99,8 @@ class TextGate(Gate):
 
         Raises:
             TypeError: if a text is no string, or `spelling` no bool.
-            ValueError: if a group has fewer than two different texts, the groups share one, the recall is out of range
-                or not reached without flagging everything, or no n-gram is in `min_texts` texts.
+            ValueError: if a group has fewer than two different texts, a text to retain is in another, the recall is
+                out of range or not reached without flagging everything, or no n-gram is in `min_texts` texts.
         """
         given = checked_fit_texts(forget_texts, retain_texts, paraphrases, recall)
         if not is_count(min_texts, least=1):

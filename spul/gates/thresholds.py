@@ -149,8 +149,8 @@ def checked_fit_texts(
 
     Raises:
         TypeError: if a text is no string.
-        ValueError: if a group has fewer than two different texts, a text is in both groups, there are no paraphrases
-            in a list of them, or the recall is not above 0 and at most 1.
+        ValueError: if a group has fewer than two different texts, a text to retain is in another group, there are no
+            paraphrases in a list of them, or the recall is not above 0 and at most 1.
     """
     if not is_recall(recall):
         raise ValueError(f"recall={recall!r}; expected a share above 0 and at most 1, such as 0.99.")
@@ -162,13 +162,15 @@ def checked_fit_texts(
                 f"{name} has {len(texts)} different text(s) among {len(groups[name])}; expected at least 2 in each "
                 "group, one to fit on and one to hold out, and far more for a recall that can be relied on."
             )
-    if both := sorted(set(different["forget_texts"]) & set(different["retain_texts"])):
-        raise ValueError(
-            f"{len(both)} texts are in forget_texts and in retain_texts, such as {both[0][:80]!r}; drop them from one."
-        )
     reworded = None if paraphrases is None else checked_texts(paraphrases)
     if reworded == []:
         raise ValueError("paraphrases is empty; expected texts, or None.")
+    retained = set(different["retain_texts"])
+    for name, keys in {"forget_texts": different["forget_texts"], "paraphrases": map(_key, reworded or ())}.items():
+        if both := sorted(retained.intersection(keys)):
+            raise ValueError(
+                f"{len(both)} texts are in {name} and in retain_texts, such as {both[0][:80]!r}; drop them from one."
+            )
     return FitTexts(groups["forget_texts"], groups["retain_texts"], reworded)
 
 
