@@ -22,6 +22,7 @@ from helpers import (
     trainable_model,
 )
 from small_trainings import logged, trained
+from torch._dynamo.utils import counters
 from transformers import Trainer, TrainingArguments
 
 from spul import UnlearningLoss, UnlearningTrainer
@@ -156,12 +157,15 @@ def entries(trainer):
 
 @pytest.mark.parametrize("trainable", ["prompt", "layers", "lora", "all"])
 def test_a_compiled_model_trains_the_same(tmp_path, trainable):
-    losses = []
+    losses, graphs = [], []
     for settings in ({}, {"torch_compile": True, "torch_compile_backend": "eager"}):
         model = make_unlearner() if trainable == "prompt" else trainable_model(trainable, dtype=torch.float32)
         loss = None if trainable == "prompt" else UnlearningLoss()
+        counters.clear()
         losses.append(logged(trained(tmp_path, model, loss, max_steps=3, **settings)))
+        graphs.append(counters["stats"]["unique_graphs"])
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert graphs[0] == 0 < graphs[1]
 
 
 def test_lengths_to_rebalance_by_are_asked_for(tmp_path):

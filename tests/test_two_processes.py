@@ -227,7 +227,7 @@ def main(folder):
     state, folder, results = start_one_of_two(), Path(folder), {}
     for prompt_type in CONFIGS:
         results[prompt_type] = prompt_step(prompt_type, folder / "out", 2)
-    for trainable in ("full", "lora"):
+    for trainable in ("full", "lora", "layers"):
         results[trainable] = uneven_step(trainable, folder / "out", 2)
     for trainable in ("prompt", "lora"):
         results[f"constrained {trainable}"] = constrained_steps(trainable, folder / "out", 2)
@@ -262,7 +262,7 @@ def test_2_processes_of_16_make_the_step_of_one_of_32(launch, tmp_path, prompt_t
         assert one[key] == pytest.approx(two[key], abs=1e-5)
 
 
-@pytest.mark.parametrize("trainable", ["full", "lora"])
+@pytest.mark.parametrize("trainable", ["full", "lora", "layers"])
 def test_2_processes_with_forget_rows_in_one_make_the_step_of_one(launch, tmp_path, trainable):
     """A batch without a forget row still has to take part, or the other process waits for it."""
     assert_same(uneven_step(trainable, tmp_path, 1), launch[1][0][trainable], rtol=1e-4, atol=1e-6)

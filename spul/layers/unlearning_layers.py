@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..losses.batch import LogitsFunction
 from ..models.causal_lm import check_bare, has_layers, logits_at, unchanged_on_error
 from ..models.compat import keep_4bit_differentiable, reset_compiled
 from ..models.compat_checkpointing import switch_checkpointing
@@ -169,7 +170,15 @@ class UnlearningLayers(nn.Module, Unlearner):
 
     def response_logits(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
         """Logits (B, K, V) at `positions` (B, K) of a right-padded batch."""
-        return logits_at(self, positions, input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        return self.logits_through(self)(input_ids, attention_mask, positions)
+
+    def logits_through(self, wrapper: nn.Module) -> LogitsFunction:
+        """`response_logits` by a call of this model's wrapper (DDP, `torch.compile`), so that its hooks run."""
+
+        def logits(input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
+            return logits_at(wrapper, positions, input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+
+        return logits
 
     def embedding_logits(self, inputs_embeds: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
         """`response_logits` from input embeddings (B, n, d)."""

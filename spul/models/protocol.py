@@ -180,6 +180,10 @@ class Unlearner:
             "all weights or LoRA: unlearning_method('RMU', 'full')."
         )
 
+    def logits_through(self, wrapper: nn.Module) -> LogitsFunction:
+        """`response_logits` by a call of this model's wrapper (DDP, `torch.compile`), so that its hooks run."""
+        return self.response_logits
+
     def embedding_logits(self, inputs_embeds: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
         """`response_logits` from input embeddings (B, n, d)."""
         raise NotImplementedError

@@ -56,6 +56,8 @@ def unlearning_forward(
     """
     unlearner = unlearner_of(model)
     trained, base = unlearner.reads(loss.reads_layer)
+    if loss.reads_layer is None:
+        trained = unlearner.logits_through(model)
     rows = (input_ids, labels, is_forget, attention_mask, group_counts, num_items_in_batch, reference_logits)
     at = prompt_position if unlearner.takes_prompt_position else None
     return batch_loss(loss, trained, base, *rows, is_rejected=is_rejected, alpha=alpha, prompt_position=at)
