@@ -52,6 +52,8 @@ def test_prompts_are_combined_on_the_rows_of_their_requests(files, prompts, tmp_
 def test_combining_is_not_resumed_and_says_so(files, prompts, tmp_path):
     with pytest.raises(ValueError, match="resume_from_checkpoint='checkpoint-1': combining is not resumed"):
         combined(files, prompts, tmp_path, inputs=files["test_forget"], resume_from_checkpoint="checkpoint-1")
+    with pytest.raises(ValueError, match=r"push_to_hub would upload the checkpoints .*: hf upload REPO"):
+        combined(files, prompts, tmp_path, inputs=files["test_forget"], push_to_hub="true")
 
 
 def test_prompts_are_combined_on_other_inputs(files, prompts, tmp_path):

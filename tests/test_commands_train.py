@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback, set_seed
 
 import spul
-from spul import SoftPromptUnlearner, forget_retain_dataset
+from spul import SoftPromptUnlearner, UnlearningTrainer, forget_retain_dataset
 from spul.commands import train
 from spul.commands.main import main
 from spul.data.prompt_files import read_prompts
@@ -96,6 +96,20 @@ def test_the_trained_prompt_is_noted_in_the_ledger(files, tmp_path):
     assert (entry.event, entry.request, entry.fields["rows"]["rows"]) == ("trained", "2026-017", 6)
     assert entry.fields["prompt_sha256"] == record.weights_sha256
     assert entry.fields["base_fingerprint"] == record.base_fingerprint == fingerprint(build("llama"))
+
+
+def test_the_prompt_is_uploaded_with_its_scores_if_asked_for(files, tmp_path, monkeypatch):
+    pushed = []
+
+    def push(trainer):
+        pushed.append(read_spul_config(trainer.args.output_dir).metrics)
+
+    monkeypatch.setattr(UnlearningTrainer, "init_hf_repo", lambda self, *args, **kwargs: None)
+    monkeypatch.setattr(UnlearningTrainer, "push_to_hub", push)
+    trained(files, tmp_path / "pushed", push_to_hub="true")
+    trained(files, tmp_path / "kept")
+    sides = ("test_forget", "test_retain")
+    assert [set(metrics) for metrics in pushed] == [{*sides, *(f"{side}, detached" for side in sides)}]
 
 
 def test_the_same_training_in_code_makes_the_same_prompt(files, tmp_path):

@@ -171,6 +171,9 @@ def test_data_length_and_loss_are_checked(tmp_path):
         distill(tmp_path, long, rows("jane", 4), num_virtual_tokens=96, max_steps=1)
     with pytest.raises(ValueError, match="loss is for rows with is_forget"):
         combine(build("llama"), folders, loss=UnlearningLoss(), **given)
+    for name, value in (("reference", "live"), ("reference_dir", tmp_path), ("digest_key", KEY)):
+        with pytest.raises(ValueError, match=f"{name} is for rows with is_forget, and of no effect"):
+            combine(build("llama"), folders, **{name: value}, **given)
 
 
 def test_a_base_is_as_before_where_combining_fails(tmp_path):

@@ -81,3 +81,12 @@ def test_noise_reaches_a_compiled_model_and_ends_with_its_training(tmp_path):
     plain = trained(tmp_path, torch_compile=True, torch_compile_backend="eager")
     assert logged(trainer) != logged(plain)
     assert not trainer.model.get_base_model().get_input_embeddings()._forward_hooks
+
+
+def test_noise_reaches_a_model_that_was_compiled_without(tmp_path):
+    model = make_unlearner()
+    settings = {"torch_compile": True, "torch_compile_backend": "eager", "learning_rate": 0.0}
+    plain, again, noisy = (
+        logged(trained(tmp_path, model, **settings, **more)) for more in ({}, {}, {"neftune_noise_alpha": 5.0})
+    )
+    assert plain == again != noisy

@@ -7,7 +7,8 @@ from datetime import datetime, timezone
 from typing import Any
 
 import pytest
-from helpers import arguments, make_collator, make_tokenizer, rows
+import torch
+from helpers import arguments, layers_on, make_collator, make_dataset, make_tokenizer, rows
 from small_evaluations import counted, learned, make_model, make_splits, measured, questions
 
 from spul import (
@@ -32,6 +33,7 @@ from spul.records.digests import (
     sorted_digests,
 )
 from spul.records.spul_config import library_versions
+from spul.training import unlearning_forward
 
 pytestmark = pytest.mark.usefixtures("few_resamples")
 
@@ -119,6 +121,18 @@ def test_an_adapter_that_was_trained_since_it_was_saved_is_not_told_to_be_the_fi
     assert measured(model, "sampling").facts == saved
     model.parameters_changed()
     assert measured(model, "sampling").facts["weights_sha256"] is None
+    model.save_pretrained(str(tmp_path))
+    batch = make_collator()([make_dataset(1, 1)[i] for i in range(2)])
+    with torch.no_grad():
+        model(**batch)
+    assert measured(model, "sampling").facts["weights_sha256"] == model.spul_config.weights_sha256 is not None
+    model(**batch).loss.backward()  # in a loop of the user's, before a step
+    assert measured(model, "sampling").facts["weights_sha256"] is None
+    layers = layers_on(learned())
+    layers.save_pretrained(tmp_path / "layers")
+    assert measured(layers, "sampling").facts["weights_sha256"] is not None
+    unlearning_forward(layers, UnlearningLoss(), **batch).loss.backward()
+    assert measured(layers, "sampling").facts["weights_sha256"] is None
     trainable = SoftPromptUnlearner.from_pretrained(learned(), str(tmp_path), is_trainable=True)
     assert measured(trainable, "sampling").facts["weights_sha256"] is None
 

@@ -11,6 +11,9 @@ from helpers import arguments, build, make_collator, make_dataset, rows
 
 from spul import UnlearningLayers, UnlearningLayersConfig, UnlearningLoss, UnlearningTrainer
 from spul.evaluation.metrics.scoring import score_completions
+from spul.records.digests import is_summary_of
+from spul.records.spul_config import read_spul_config
+from spul.records.weights import file_digest
 from spul.training.methods import unlearning_method
 
 EUL = unlearning_method("EUL")
@@ -22,6 +25,7 @@ def make_layers(dtype=torch.float32):
 
 def make_trainer(folder, layers=None, dataset=None, **kwargs):
     names = ("forget_fraction", "alternate", "eval_dataset", "callbacks", "reference", "loss")
+    names += ("digest_key",)
     own = {"loss": EUL.loss, **{key: kwargs.pop(key) for key in names if key in kwargs}}
     layers = make_layers() if layers is None else layers
     dataset = make_dataset(12, 12) if dataset is None else dataset
@@ -79,6 +83,18 @@ def test_resuming_gives_the_bits_of_a_run_that_never_stopped(tmp_path, alternate
     again.train(resume_from_checkpoint=True)
     for name, value in whole.model.layers_state().items():
         assert torch.equal(again.model.layers_state()[name], value), name
+
+
+def test_a_key_given_on_resuming_makes_the_digests_of_the_record(tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    make_trainer(tmp_path, **settings, digest_key=bytes(32)).train()
+    key = bytes(range(32))
+    again = make_trainer(tmp_path, **settings, digest_key=key)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    again.model.save_pretrained(tmp_path / "saved")
+    record = read_spul_config(tmp_path / "saved")
+    assert is_summary_of(record.forget, again.train_dataset.select(range(12)), key)
+    assert record.weights_sha256 == file_digest(tmp_path / "saved" / "unlearning_layers.safetensors")
 
 
 def test_a_checkpoint_is_a_folder_of_layers_without_the_base(tmp_path):

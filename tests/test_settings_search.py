@@ -58,10 +58,11 @@ def test_front_and_best_are_those_of_a_plain_look_at_all():
     assert found.best.candidate == Candidate(0.5, 0.0, 30)
 
 
-def test_a_candidate_whose_model_diverges_is_the_worst_and_ends_no_search(tmp_path):
+@pytest.mark.parametrize("error", [DivergedError, FloatingPointError])
+def test_a_candidate_whose_model_diverges_is_the_worst_and_ends_no_search(tmp_path, error):
     def scores(candidate):
         if candidate.alpha == 1.0:
-            raise DivergedError("NaN")
+            raise error("NaN")
         return score(candidate)
 
     found = run(scores, storage=tmp_path / "search.journal")

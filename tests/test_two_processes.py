@@ -33,7 +33,7 @@ from transformers import TrainerCallback
 import spul.evaluation.aggregation
 import spul.training.reference
 import spul.training.reference_parts
-from spul import UnlearningLoss, UnlearningTrainer
+from spul import UnlearningLoss, UnlearningTrainer, forget_retain_dataset
 from spul.losses import GradientAscent
 from spul.models.noise import zero_dropout
 from spul.training import StopWhenForgotten
@@ -77,6 +77,22 @@ def uneven_step(trainable, folder, processes):
     )
     trainer.train()
     return trainable_tensors(model)
+
+
+def grouped_steps(folder, processes):
+    """Two steps on rows grouped by length, shuffled together and by side."""
+    sets = [
+        [{"prompt": f"{name} {'x ' * (i * 7 % 20)}:", "completion": " positive"} for i in range(20)] for name in "ab"
+    ]
+    size = {"per_device_train_batch_size": 8 // processes, "train_sampling_strategy": "group_by_length"}
+    states = []
+    for fraction in (None, 0.5):
+        dataset = forget_retain_dataset(*map(Dataset.from_list, sets))
+        own = {"forget_fraction": fraction, "dataset": dataset}
+        trainer = make_trainer(folder, **own, **size, **ONE_STEP | {"max_steps": 2})
+        trainer.train()
+        states.append(prompt_state(trainer.model))
+    return states
 
 
 def constrained_steps(trainable, folder, processes):
@@ -229,6 +245,7 @@ def main(folder):
         results[prompt_type] = prompt_step(prompt_type, folder / "out", 2)
     for trainable in ("full", "lora", "layers"):
         results[trainable] = uneven_step(trainable, folder / "out", 2)
+    results["grouped"] = grouped_steps(folder / "out", 2)
     for trainable in ("prompt", "lora"):
         results[f"constrained {trainable}"] = constrained_steps(trainable, folder / "out", 2)
     results["predictions"] = predictions(folder / "out")
@@ -260,6 +277,11 @@ def test_2_processes_of_16_make_the_step_of_one_of_32(launch, tmp_path, prompt_t
         assert one[key]
         assert one[key].keys() == two[key].keys()
         assert one[key] == pytest.approx(two[key], abs=1e-5)
+
+
+def test_2_processes_group_rows_by_length_as_one(launch, tmp_path):
+    for one, two in zip(grouped_steps(tmp_path, 1), launch[1][0]["grouped"], strict=True):
+        assert_same(one, two, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("trainable", ["full", "lora", "layers"])

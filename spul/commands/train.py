@@ -140,6 +140,8 @@ def run(options: TrainArguments) -> int | None:
         for line in scores:
             print(line)
         print(f"saved: {options.output_dir}")
+    if options.push_to_hub:
+        trainer.push_to_hub()  # all processes save the model in it
     return None
 
 

@@ -200,7 +200,7 @@ class UnlearningLayers(nn.Module, Unlearner):
         return {"layers": self.layers_config.to_dict()} if self.enabled else {}
 
     def parameters_changed(self) -> None:
-        """Clear metrics and Gram matrices, which belong to the weights before an optimizer step."""
+        """Clear metrics, digest and Gram matrices, which belong to the weights before an optimizer step."""
         super().parameters_changed()
         self.gram_matrices = {}
 
@@ -212,8 +212,11 @@ class UnlearningLayers(nn.Module, Unlearner):
         return type(self).from_pretrained(base, folder).eval()
 
     def load_checkpoint(self, folder: str) -> None:
-        """Restore what `save_pretrained` wrote."""
+        """Restore what `save_pretrained` wrote; what this training recorded of its rows and loss stays."""
+        record = self.spul_config
         self.load_saved(files.read(folder))
+        record.take_weights_of(self.spul_config)
+        self.spul_config = record
 
     def _check_attached(self) -> None:
         if not self.attached:

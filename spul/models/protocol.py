@@ -202,7 +202,7 @@ class Unlearner:
         raise NotImplementedError
 
     def parameters_changed(self) -> None:
-        """Clear what was recorded of the parameters, after an optimizer step."""
+        """Clear what was recorded of the parameters: after an optimizer step, or a loss with gradients, before one."""
         if self.spul_config is not None:
             self.spul_config.metrics.clear()
             self.spul_config.weights_sha256 = None

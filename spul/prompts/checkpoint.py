@@ -325,8 +325,7 @@ def load_into(model: PromptAdapters, adapter: str | os.PathLike, adapter_name: s
         )
     if live:
         put(model, saved, adapter_name)
-        for name in ("metrics", "weights_sha256", "name"):
-            setattr(record, name, getattr(saved.spul_config, name))
+        record.take_weights_of(saved.spul_config)
         return
     check_base(model.get_base_model(), saved.config, saved.spul_config, adapter)
     saved.config.inference_mode = True

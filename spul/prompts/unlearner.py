@@ -227,7 +227,7 @@ class SoftPromptUnlearner(PromptAdapters):
             )
         if alpha is None and (multiplier := self.multiplier) is not None:
             alpha = multiplier.alpha_of_pass() if torch.is_grad_enabled() else multiplier.alpha
-        return batch_loss(
+        out = batch_loss(
             self.loss,
             *self.reads(self.loss.reads_layer),
             input_ids,
@@ -241,6 +241,9 @@ class SoftPromptUnlearner(PromptAdapters):
             is_rejected=is_rejected,
             prompt_position=prompt_position,
         )
+        if out.loss.requires_grad:
+            self.parameters_changed()
+        return out
 
     def response_logits(
         self,

@@ -124,6 +124,10 @@ class SpulConfig:
         if (target / SPUL_CONFIG_NAME).is_file() and (target / weights).is_file():
             dataclasses.replace(self, replaced_weights_sha256=file_digest(target / weights)).save(target)
 
+    def take_weights_of(self, other: SpulConfig) -> None:
+        """Take what another record says of its weights, where they are loaded into those of this one."""
+        self.metrics, self.weights_sha256, self.name = other.metrics, other.weights_sha256, other.name
+
     def check_weights(self, path: str | os.PathLike) -> None:
         """Raise if a weights' file is not the one that this record describes.
 

@@ -116,6 +116,7 @@ class EmbeddingNoise:
             return output + torch.empty_like(output).uniform_(-size, size)
 
         self._hook = base.get_input_embeddings().register_forward_hook(add_noise)
+        reset_compiled()
 
     def stop(self) -> None:
         """Add no more noise."""

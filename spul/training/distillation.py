@@ -67,7 +67,7 @@ def combine(
         num_virtual_tokens: length of the new prompt; None takes that of the longest prompt.
         loss: the objective for rows with `is_forget`; None is `UnlearningLoss()`.
         trainer_kwargs: further arguments of `UnlearningTrainer`, such as `eval_dataset`, `callbacks`, or, for rows
-            with `is_forget`, `forget_fraction`.
+            with `is_forget`, `forget_fraction`, `reference`, `reference_dir` and `digest_key`.
 
     Returns:
         The base under the new prompt, in evaluation mode, to use or to save: of prompt tuning, or of prefix tuning
@@ -77,7 +77,8 @@ def combine(
 
     Raises:
         ValueError: for no prompt or the same one twice; for prefix tuning among other kinds; for prompts of different
-            positions; for more virtual tokens than the prompts have together; for a `loss` without `is_forget`.
+            positions; for more virtual tokens than the prompts have together; for arguments that are of no effect on
+            rows without `is_forget`, such as `loss`.
         TypeError: for an adapter that is no soft prompt, a base that has an adapter, a single path instead of a list,
             or rows that are no `datasets.Dataset`.
 
@@ -112,6 +113,8 @@ def combine(
         else:
             if loss is not None:
                 raise ValueError("loss is for rows with is_forget; rows without it are trained toward the prompts.")
+            if given := sorted(trainer_kwargs.keys() & {"reference", "reference_dir", "digest_key"}):
+                raise ValueError(f"{given[0]} is for rows with is_forget, and of no effect on rows without it.")
             trainer = _DistillationTrainer(student, parts, train_dataset, data_collator, args, **trainer_kwargs)
         trainer.train()
         record = student.spul_config

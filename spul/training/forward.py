@@ -60,7 +60,10 @@ def unlearning_forward(
         trained = unlearner.logits_through(model)
     rows = (input_ids, labels, is_forget, attention_mask, group_counts, num_items_in_batch, reference_logits)
     at = prompt_position if unlearner.takes_prompt_position else None
-    return batch_loss(loss, trained, base, *rows, is_rejected=is_rejected, alpha=alpha, prompt_position=at)
+    out = batch_loss(loss, trained, base, *rows, is_rejected=is_rejected, alpha=alpha, prompt_position=at)
+    if out.loss.requires_grad:
+        unlearner.parameters_changed()
+    return out
 
 
 def step_counts(batches: Sequence[Mapping[str, Tensor]]) -> Tensor:

@@ -192,7 +192,7 @@ def _tried(
         if candidate not in known:
             try:
                 scores = train_and_score(candidate)
-            except DivergedError:
+            except (DivergedError, FloatingPointError):  # found by scoring, or by training
                 scores = (0.0, 1.0)
             if not all(0 <= score <= 1 for score in scores):
                 raise ValueError(f"train_and_score returned {scores}; expected two accuracies in 0..1.")

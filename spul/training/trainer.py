@@ -13,6 +13,7 @@ from peft import PeftModel
 from torch import nn
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel, TrainingArguments, enable_full_determinism, set_seed
+from transformers.trainer_utils import HubStrategy
 
 from ..data.checks import check_not_generic
 from ..data.collator import ROW_COLUMNS, ForgetRetainCollator, checked_collator
@@ -248,7 +249,10 @@ class UnlearningTrainer(SteppingTrainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
         if self.sampler is None:
             return super()._get_train_sampler(train_dataset)
-        self.sampler.batch_size = self._train_batch_size * self.args.gradient_accumulation_steps  # maybe found
+        config: Any = self.args.accelerator_config
+        num_processes = 1 if config.split_batches else self.accelerator.num_processes
+        # Of all processes' rows of a step, so that any number of them has the same order; the size maybe found.
+        self.sampler.batch_size = self._train_batch_size * self.args.gradient_accumulation_steps * num_processes
         return self.sampler
 
     # ---- training ----
@@ -356,6 +360,13 @@ class UnlearningTrainer(SteppingTrainer):
             states.setdefault(IDENTITY, self.identity())  # a resumed training keeps that of its beginning
         with saving_into(self.args.output_dir or "."):
             super()._save_checkpoint(*args, **kwargs)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # Trainer uploads the output folder with PEFT's two files alone, and those of a prompt named "default".
+        is_pushed = self.is_world_process_zero() and self.args.hub_strategy != HubStrategy.END
+        if is_pushed and self.unlearner.spul_config is not None:
+            self._learner.save_pretrained(self.args.output_dir)
+        super()._push_from_checkpoint(checkpoint_folder)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # Trainer would take one step more of a checkpoint that has them all, within an epoch, beyond the schedule.
