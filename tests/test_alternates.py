@@ -47,6 +47,16 @@ def test_a_transform_that_would_lose_the_column_is_refused_before_an_answer_is_s
         add_alternates(base, make_tokenizer(), rows, **SETTINGS)
 
 
+def test_rows_that_cannot_be_asked_about_are_refused_before_an_answer_is_sampled(monkeypatch):
+    base, tokenizer, dataset = build("llama"), make_tokenizer(), make_answers(3, 1)
+    monkeypatch.setattr(base, "generate", lambda *args, **kwargs: pytest.fail("sampled"))
+    with pytest.raises(ValueError, match=r"dataset lacks the column\(s\) \['prompt'\]"):
+        add_alternates(base, tokenizer, dataset.remove_columns("prompt"), **SETTINGS)
+    longer = dataset.map(lambda row, i: {"prompt": row["prompt"] + " x" * 90 * (i == 2)}, with_indices=True)
+    with pytest.raises(ValueError, match=r"exceed the model's 96 positions"):
+        add_alternates(base, tokenizer, longer, **SETTINGS, batch_size=1)
+
+
 def test_the_base_writes_also_under_a_prompt():
     dataset, tokenizer = make_answers(2, 1), make_tokenizer()
     prompted = add_alternates(make_unlearner(), tokenizer, dataset, **SETTINGS)

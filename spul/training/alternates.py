@@ -13,10 +13,10 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from ..data.checks import forget_flags
+from ..data.checks import check_rows, forget_flags
 from ..data.conversations import content_of, last_user_message
 from ..data.encoded import Encoded
-from ..data.rows import completion_text, normalized, shortened, with_column
+from ..data.rows import completion_text, normalized, rows_at, shortened, with_column
 from ..evaluation.metrics.free_form import answering
 from ..models.causal_lm import max_positions
 from ..models.unlearner import detached_base
@@ -72,10 +72,12 @@ def add_alternates(
         The data set with the column.
 
     Raises:
-        ValueError: if there are no forget rows, the column exists, the template lacks a field, a number is out of
-            range, a request is longer than the model's positions, a row gets no alternate, or a transform of the rows
+        TypeError: if the dataset is no `datasets.Dataset`.
+        ValueError: if a column is missing or exists, there are no forget rows, the template lacks a field, a number is
+            out of range, a request is longer than the positions, a row gets no alternate, or a transform of the rows
             leaves the column out.
     """
+    check_rows(dataset, name="dataset")
     flags = forget_flags(dataset, "dataset")
     if column in dataset.column_names or not any(flags):
         reason = f"has a column {column!r} already" if column in dataset.column_names else "has no forget rows"
@@ -89,19 +91,19 @@ def add_alternates(
     if not is_finite_number(temperature) or temperature <= 0:
         raise ValueError(f"temperature={temperature!r}: expected a number above 0.")
     indices = [i for i, is_forget in enumerate(flags) if is_forget]
-    rows = {i: dataset[i] for i in indices}
+    rows = dict(zip(indices, rows_at(dataset, indices), strict=True))
+    requests = {i: Encoded(_request(row, template, tokenizer), []) for i, row in rows.items()}
     found: dict[int, list[str]] = {i: [] for i in indices}
     settings = {"do_sample": True, "temperature": temperature, "top_k": 0, "num_return_sequences": num}
     with detached_base(model) as base, answering(base, tokenizer) as answers_to, torch.random.fork_rng():
         torch.manual_seed(seed)
+        _check_room(base, list(requests.values()), max_new_tokens)
         for _ in range(MAX_ROUNDS):
             missing = [i for i in indices if len(found[i]) < num]
             starts = range(0, len(missing), batch_size)
             for start in tqdm(starts, "alternates", disable=not progress, leave=False):
                 some = missing[start : start + batch_size]
-                requests = [Encoded(_request(rows[i], template, tokenizer), []) for i in some]
-                _check_room(base, requests, max_new_tokens)
-                answers = iter(answers_to(requests, max_new_tokens, **settings))
+                answers = iter(answers_to([requests[i] for i in some], max_new_tokens, **settings))
                 for i in some:
                     _keep(found[i], [next(answers) for _ in range(num)], completion_text(rows[i]["completion"]), num)
     if empty := [i for i in indices if not found[i]]:
