@@ -5,6 +5,7 @@ import pytest
 from sklearn.metrics import roc_auc_score
 
 from spul.evaluation.metrics import (
+    Interval,
     auc,
     auc_interval,
     bootstrap_interval,
@@ -119,6 +120,13 @@ def test_extremes_and_bad_input():
         compare_with_retrained(high, low, low[:4], high)
     with pytest.raises(ValueError, match="none of them NaN"):
         compare_with_retrained(high * np.nan, low, low, high)
+
+
+def test_a_difference_that_resamples_do_not_share_is_not_told_apart_though_no_row_alone_changes_it():
+    """BCa has no ends there: whichever row is left out, the difference is the same."""
+    found = compare_with_retrained([1, 3], [0, 2], [-1, 1], [0, 2])
+    assert found.difference == Interval(0.5, 0.0, 1.0)
+    assert found.verdict == "not told apart"
 
 
 def test_priv_leak_has_the_interval_of_rows_drawn_for_both_models():

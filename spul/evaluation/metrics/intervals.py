@@ -40,7 +40,8 @@ def bootstrap_interval(
 ) -> Interval:
     """A statistic of rows with its bias-corrected and accelerated (BCa) bootstrap interval.
 
-    Above 2,000 rows it is the percentile interval: BCa's correction vanishes there and its cost does not.
+    Above 2,000 rows it is the percentile interval: BCa's correction vanishes there and its cost does not. So it is
+    where BCa has no ends though resamples differ, as where the statistic is the same whichever row is left out.
 
     The ends are NaN where the bootstrap fails: for a sample of one row, or if every resample has the same value, such
     as ten right answers of ten. A width of 0 would claim certainty.
@@ -78,7 +79,10 @@ def bootstrap_interval(
             method="BCa" if sum(map(len, arrays)) <= MAX_JACKKNIFE else "percentile",
             rng=np.random.default_rng(seed),
         )
-    return _unless_alike(estimate, *(float(end) for end in found.confidence_interval))
+    ends, drawn = found.confidence_interval, found.bootstrap_distribution
+    if np.isnan(ends).any() and np.isfinite(drawn).all():
+        ends = np.percentile(drawn, [50 * (1 - confidence), 50 * (1 + confidence)])
+    return _unless_alike(estimate, *(float(end) for end in ends))
 
 
 def seeds_interval(values: Sequence[float] | np.ndarray, confidence: float = 0.95) -> Interval:

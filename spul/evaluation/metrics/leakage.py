@@ -224,7 +224,7 @@ def compare_with_retrained(
     found = over_rows(np.subtract)
     low, high = found.low, found.high
     if np.isnan(low) and min(len(x) for x in ours) > 1:
-        low = high = found.estimate  # every resample has this difference
+        low = high = found.estimate  # the resamples are alike
     verdict: Verdict = "under-forgotten" if low > 0 else "over-forgotten" if high < 0 else "not told apart"
     return Leakage(
         auc=float(auc(ours[0], ours[1])),
