@@ -175,5 +175,9 @@ def test_a_chain_is_its_attacks_one_after_the_other():
     assert chained(rows(FORGET[:1]), [turn, *prefixes, upper])["prompt"] == [
         "two.\none.\nQ: who is Joe?\nA: a baker\n\nQ: WHO IS JANE?\nA:"
     ]
+    turn = partial(diluted, filler_rows=rows(RETAIN[2:]), num_turns=1)  # whose question holds the row's own
+    assert chained(rows(FORGET[:1]), [turn, upper])["prompt"] == [
+        "Q: so who is Jane?\nA: no one\n\nQ: WHO IS JANE?\nA:"
+    ]
     with pytest.raises(ValueError, match="attacks is empty"):
         chained(rows(FORGET), [])

@@ -80,7 +80,8 @@ def changed_prompts(
 
     Args:
         rows: `prompt`, a text or messages, and `completion`.
-        text_field: the column whose text stands in the question and takes its changes; None takes the whole question.
+        text_field: the column whose text stands in the question and takes its changes, where it stands last; None
+            takes the whole question.
         seed: seed of the draws; each row has its own.
         change: from the row's draws and the pieces of its question, before, in and after the text, to new pieces, of
             which the second is the new text.
@@ -100,7 +101,8 @@ def changed_prompts(
             if isinstance(row["prompt"], str):
                 raise ValueError(f"{message} of its row: {row!r}")
             raise InapplicableError(f"{message}, in its last message of the user.")
-        pieces = change(draws, list(question.partition(row[text_field])))
+        # The last, as the encoder's: turns before the question may hold the same text.
+        pieces = change(draws, list(question.rpartition(row[text_field])))
         return {**row, "prompt": with_question(row["prompt"], "".join(pieces)), text_field: pieces[1]}
 
     return changed_rows(rows, seed, changed)
@@ -289,6 +291,6 @@ def _is_question_lost(row: Row, changed: Row, encoder: RowEncoder) -> bool:
     message = _asked(changed["prompt"])
     question = changed[encoder.text_field] if encoder.text_field in row else _asked(row["prompt"])
     # A question that is changed itself is taken to stand at the end.
-    start = message.find(question) if question in message else max(len(message) - len(question), 0)
+    start = message.rfind(question) if question in message else max(len(message) - len(question), 0)
     behind = encoder.tokenizer(message[start + len(question) // 2 :], add_special_tokens=False)["input_ids"]
     return len(behind) > len(encoder.encode(changed).prompt_ids)
