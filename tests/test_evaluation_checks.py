@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import pytest
@@ -109,6 +110,8 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "a seed as text": ({"seed": "1"}, TypeError, "seed is a str, '1'; expected a whole number"),
     "a broken seed": ({"seed": 1.5}, TypeError, "seed is a float"),
     "a flag as seed": ({"seed": True}, TypeError, "seed is a bool"),
+    "a seed below 0": ({"seed": -1}, ValueError, "seed=-1: expected a whole number from 0 to 4294967295"),
+    "a seed of 33 bits": ({"seed": 2**32}, ValueError, "seed=4294967296: expected a whole number from 0"),
     "an empty path": ({"output_dir": ""}, ValueError, "output folder is empty"),
     "no list of texts": ({"unrelated_texts": None}, TypeError, "unrelated_texts is a NoneType; expected a list"),
     "a file as folder": ({"output_dir": __file__}, FileExistsError, "is a file; expected a folder"),
@@ -127,6 +130,15 @@ def test_arguments_of_other_types_are_refused_by_name(name):
 def test_numbers_of_attacks_are_whole(number):
     with pytest.raises(ValueError, match=rf"num_rows={number!r}: expected a whole number of at least 1"):
         AttackSettings(num_rows=number)
+
+
+@pytest.mark.parametrize("name", ["turns", "document_words", "relearn_steps", "bits", "tries"])
+@pytest.mark.parametrize("numbers", [4, None, (), (4, 4), (4.0,), (2.5, 8), (True,), (0, 8), "48"])
+def test_numbers_of_steps_turns_and_tries_are_a_tuple_of_different_whole_ones(name, numbers):
+    found = re.escape(f"{name}={numbers!r}")
+    with pytest.raises(ValueError, match=f"{found}: expected a tuple of different whole numbers of at least"):
+        AttackSettings(**{name: numbers})
+    assert getattr(AttackSettings(**{name: [4]}), name) == [4]
 
 
 def test_questions_that_are_cut_are_warned_of_before_they_are_asked(caplog):

@@ -10,7 +10,7 @@ import pytest
 from spul import SpulConfig, UnlearningLoss
 from spul.losses import terms
 from spul.records.card import write_metrics
-from spul.records.fields import FIELDS, check_fields, is_count, is_finite_number, read_object
+from spul.records.fields import FIELDS, are_counts, check_fields, is_count, is_finite_number, read_object
 
 LOSS = UnlearningLoss(gamma=0.5).to_dict()
 WRONG = {
@@ -89,6 +89,8 @@ def test_metrics_that_are_no_numbers_are_not_written(tmp_path):
 
 def test_counts_are_whole_and_no_bool():
     assert [is_count(value, 1) for value in (1, 0, True, 1.0, "1", None)] == [True] + [False] * 5
+    assert all(are_counts(values, 1) for values in ((2, 1), [3], range(1, 3)))
+    assert not any(are_counts(values, 1) for values in ((), (1, 0), (1, 2.0), (True,), 1, "12", {1: 2}, None))
 
 
 FINITE = [0, -3, 0.5, -1e308, 10**308, np.float64(2.0)]

@@ -78,8 +78,11 @@ def test_relearning_refuses_what_it_cannot_measure():
         relearn(build("llama"), data, others, collator.encoder, scored)
     with pytest.raises(ValueError, match="0 parameters require gradients"):
         relearn(build("llama").requires_grad_(False), few, others, collator.encoder, scored)
-    for wrong in ({"at": (0, 3)}, {"lr": float("inf")}):
-        with pytest.raises(ValueError, match="at="):
+    for wrong in (
+        *({"at": at} for at in ((0, 3), (), 16, (1.5,), (True,), "12")),
+        *({"lr": float("inf")}, {"lr": -1.0}, {"batch_size": 0}, {"batch_size": 1.5}),
+    ):
+        with pytest.raises(ValueError, match=r"at=.*expected .* a tuple of whole numbers of steps"):
             relearn(build("llama"), few, others, collator.encoder, scored, **wrong)
 
 
@@ -142,5 +145,7 @@ def test_a_probe_is_of_the_model_with_its_prompt_and_of_the_base_without():
     assert detached == linear_probe(build("llama"), train, test, collator.encoder)
     with pytest.raises(ValueError, match="at least two different"):
         linear_probe(model, labeled("jane", [" a"] * 3), test, collator.encoder)
+    with pytest.raises(ValueError, match=r"num_shuffles=1\.5; expected"):
+        linear_probe(model, train, test, collator.encoder, num_shuffles=1.5)
     with pytest.raises(ValueError, match="stand in both"):
         linear_probe(model, train, train, collator.encoder)

@@ -72,7 +72,9 @@ def test_draws_are_seeded_and_leave_the_global_generator_alone():
 
 def test_bad_numbers_raise():
     for call in (sampled_success, sampled_answers):
-        with pytest.raises(ValueError, match="num_tries=0"):
-            call(build("llama"), rows("jane", 1), answer_collator(), 0)
-        with pytest.raises(ValueError, match=r"temperature=0\.0"):
-            call(build("llama"), rows("jane", 1), answer_collator(), 1, temperature=0.0)
+        for num in (0, 2.5, True):
+            with pytest.raises(ValueError, match=f"num_tries={num}, .* expected a whole number of at least 1"):
+                call(build("llama"), rows("jane", 1), answer_collator(), num)
+        for temperature in (0.0, float("inf"), float("nan")):
+            with pytest.raises(ValueError, match=f"temperature={temperature}; expected .* above 0"):
+                call(build("llama"), rows("jane", 1), answer_collator(), 1, temperature=temperature)

@@ -1,5 +1,7 @@
 """The soft suffix against a slow twin with one row and no cache, and what training it does."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -115,8 +117,9 @@ def test_bad_input_raises(tmp_path):
     with pytest.raises(ValueError, match="3 prompts stand in both"):
         soft_suffix(model, data, data.select(range(3)), collator.encoder)
     sets = (data.select(range(3)), data.select(range(3, 6)))
-    with pytest.raises(ValueError, match="steps=0"):
-        soft_suffix(model, *sets, collator.encoder, steps=0)
+    for wrong in ({"steps": 0}, {"steps": 1.5}, {"num_virtual_tokens": 2.5}, {"batch_size": True}, {"lr": math.inf}):
+        with pytest.raises(ValueError, match="expected whole numbers of at least 1, and lr above 0"):
+            soft_suffix(model, *sets, collator.encoder, **wrong)
     with pytest.raises(ValueError, match="96 positions; collate with max_length of at most 2"):
         soft_suffix(model, *sets, collator.encoder, num_virtual_tokens=90, steps=1)
     with pytest.raises(ValueError, match="96 positions; take a shorter suffix"):

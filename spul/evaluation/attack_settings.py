@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datasets import Dataset
 
 from ..data.checks import checked_names, whole_number
-from ..records.fields import is_finite_number
+from ..records.fields import are_counts, is_finite_number
 from .attacks.usual import DOCUMENT_WORDS, TURNS, InputAttacks, checked_attacks, usual_attacks, usual_names
 
 
@@ -71,8 +71,10 @@ class AttackSettings:
         least = {"turns": 1, "document_words": 2, "relearn_steps": 1, "bits": 1, "tries": 1}
         for name, lowest in least.items():
             values = getattr(self, name)
-            if not values or len(set(values)) < len(values) or min(values) < lowest:
-                raise ValueError(f"{name}={values}: expected different whole numbers of at least {lowest}.")
+            if not are_counts(values, lowest) or len(set(values)) < len(values):
+                raise ValueError(
+                    f"{name}={values!r}: expected a tuple of different whole numbers of at least {lowest}."
+                )
         if len(self.names):
             checked_names("names", self.names)
         if set(self.bits) - {4, 8}:

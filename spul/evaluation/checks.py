@@ -32,6 +32,7 @@ KINDS: dict[str, tuple[Any, str]] = {
     "seed": (Integral, "a whole number"),
     "output_dir": ((str, os.PathLike), "the path of a folder"),
 }
+LAST_SEED = 2**32 - 1  # that all generators of draws take
 QUESTIONS = ("forget", "retain", "real_authors", "world_facts")  # TOFU's perturbed files
 
 
@@ -64,13 +65,16 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
         FileExistsError: if `output_dir` is a file, or in one.
         PermissionError: if it may not be written to.
         TypeError: if one is of another type.
-        ValueError: if neighbors have the name of a split, or `"unseen"`, or `output_dir` is empty.
+        ValueError: if the seed is out of range, neighbors have the name of a split, or `"unseen"`, or `output_dir` is
+            empty.
     """
     for name, (kind, expected) in KINDS.items():
         value = arguments.get(name)
         if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
             shown = f", {value!r:.80}" if isinstance(value, (str, bool, float)) else ""
             raise TypeError(f"{name} is a {type(value).__name__}{shown}; expected {expected}.")
+    if (seed := arguments.get("seed")) is not None and not 0 <= seed <= LAST_SEED:
+        raise ValueError(f"seed={seed}: expected a whole number from 0 to {LAST_SEED}.")
     if taken := sorted({*SPLITS, "unseen"} & set(arguments.get("neighbors") or ())):
         raise ValueError(f"neighbors {taken} have the name of another set of rows; give them one of their own.")
     if not hasattr(texts := arguments.get("unrelated_texts", ()), "__len__"):

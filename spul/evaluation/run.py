@@ -86,7 +86,7 @@ def evaluate(
         max_new_tokens: tokens of a free-form answer; 200 by default, as in TOFU.
         free_form: score answers as free text (adds probability, ROUGE-L, ...), not as classes; implied by more than
             32 distinct answers.
-        seed: seed of all draws.
+        seed: seed of all draws, 0 to 2**32 - 1.
         progress: whether to show a progress bar.
         digest_key: the owner's secret, as in `UnlearningTrainer`: report and `evaluation.json` then have the digests
             of rows that the adapter's record has. None (default) leaves counts alone.
@@ -97,10 +97,10 @@ def evaluate(
     Raises:
         FileNotFoundError: if `digest_key` is the path of no file.
         ValueError: if rows of the collator's `max_length` or tokenizer do not fit the model, a row, a question or all
-            texts together have nothing to score, a split or
-            `generic_completions` is missing, a split's column `is_forget` contradicts its name, a measure or set of
-            questions is unknown, two of the models share a base, a model is sharded otherwise than by `shard_layers`,
-            or `output_dir` holds another evaluation, files that are not an evaluation's, or damaged ones.
+            texts together have nothing to score, a split or `generic_completions` is missing, a split's column
+            `is_forget` contradicts its name, a measure or set of questions is unknown, two of the models share a base,
+            a model is sharded otherwise than by `shard_layers`, the seed is out of range, or `output_dir` holds
+            another evaluation, files that are not an evaluation's, or damaged ones.
         TypeError: if a model is given by the name of its folder, `splits`, `collator` or rows are of another type, or
             a model has a plain PEFT prompt whose type is unknown to spul, or any plain PEFT prompt where the soft
             suffix is measured.

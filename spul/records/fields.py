@@ -6,7 +6,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -124,6 +124,11 @@ def check_prompt_position(value: Any) -> None:
 def is_count(value: Any, least: int = 0) -> bool:
     """Whether a value is an int of at least `least`; a bool is none."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def are_counts(values: Any, least: int = 0) -> bool:
+    """Whether a value is a list, a tuple or the like of one or more ints of at least `least`."""
+    return isinstance(values, Sequence) and len(values) > 0 and all(is_count(one, least) for one in values)
 
 
 def is_finite_number(value: Any) -> TypeGuard[float]:

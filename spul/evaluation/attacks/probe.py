@@ -14,6 +14,7 @@ from torch import nn
 
 from ...data.encoder import RowEncoder
 from ...data.rows import column_values, completion_text
+from ...records.fields import is_count
 from ..metrics.embeddings import response_embeddings
 from .relearning import check_disjoint
 
@@ -59,10 +60,10 @@ def linear_probe(
         np.array([completion_text(c) for c in column_values(rows, "completion")]) for rows in (train_rows, test_rows)
     )
     classes, counts = np.unique(train, return_counts=True)
-    if len(classes) < 2 or num_shuffles < 1:
+    if len(classes) < 2 or not is_count(num_shuffles, 1):
         raise ValueError(
-            f"train_rows have the completions {classes.tolist()}, num_shuffles={num_shuffles}; expected at least two "
-            "different completions, and one shuffle."
+            f"train_rows have the completions {classes.tolist()}, num_shuffles={num_shuffles!r}; expected at least "
+            "two different completions, and one shuffle."
         )
     states, held_out = (
         response_embeddings(model, rows, encoder, batch_size, progress) for rows in (train_rows, test_rows)

@@ -22,7 +22,7 @@ from ...losses.positions import response_positions
 from ...losses.terms import IGNORE_INDEX, token_nll
 from ...models.causal_lm import evaluation_mode, unwrapped
 from ...models.compat import keep_4bit_differentiable
-from ...records.fields import is_finite_number
+from ...records.fields import are_counts, is_count, is_finite_number
 from ..metrics.scoring import response_logits
 
 
@@ -82,11 +82,12 @@ def relearn(
     check_disjoint(rows, held_out)
     model = unwrapped(model)
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if not learning or not at or min(at) < 1 or not is_finite_number(lr) or lr <= 0 or batch_size < 1:
+    is_rate = is_finite_number(lr) and lr > 0
+    if not learning or not are_counts(at, 1) or not is_rate or not is_count(batch_size, 1):
         raise ValueError(
-            f"{len(learning)} parameters require gradients, at={list(at)}, lr={lr}, batch_size={batch_size}: expected "
-            "some that do (load a prompt with is_trainable=True), numbers of steps and rows of at least 1, and lr "
-            "above 0."
+            f"{len(learning)} parameters require gradients, at={at!r}, lr={lr}, batch_size={batch_size!r}: expected "
+            "some that do (load a prompt with is_trainable=True), a tuple of whole numbers of steps and a number of "
+            "rows, all of at least 1, and lr above 0."
         )
     if any(parameter.is_meta for parameter in learning):
         raise ValueError("some parameters that require gradients are offloaded; load the whole model.")

@@ -15,6 +15,7 @@ from ...data.encoder import RowEncoder
 from ...data.rows import adapter_names_of
 from ...losses.terms import IGNORE_INDEX, token_nll
 from ...models.causal_lm import unwrapped
+from ...records.fields import is_count, is_finite_number
 from ..metrics.batches import ResponseBatch, map_responses
 from ..metrics.free_form import answering
 from ..metrics.likelihood import response_likelihoods
@@ -125,5 +126,8 @@ def sampled_answers(
 
 
 def _check_tries(num_tries: int, temperature: float) -> None:
-    if num_tries < 1 or not temperature > 0:
-        raise ValueError(f"num_tries={num_tries}, temperature={temperature}; expected at least 1, and above 0.")
+    if not is_count(num_tries, 1) or not is_finite_number(temperature) or temperature <= 0:
+        raise ValueError(
+            f"num_tries={num_tries!r}, temperature={temperature!r}; expected a whole number of at least 1, and a "
+            "number above 0."
+        )

@@ -20,6 +20,7 @@ from ...models.causal_lm import bare_model, evaluation_mode, max_positions, unwr
 from ...models.compat import keep_4bit_differentiable
 from ...models.compat_devices import device_of
 from ...models.unlearner import unlearner_of
+from ...records.fields import is_count, is_finite_number
 from ..metrics.batches import ResponseBatch, map_responses
 from ..metrics.scoring import check_not_nan, row_arguments
 from .relearning import check_disjoint
@@ -71,10 +72,11 @@ def soft_suffix(
     *Soft Token Attacks Cannot Reliably Audit Unlearning*, https://arxiv.org/abs/2502.15836
     """
     check_disjoint(rows, held_out)
-    if num_virtual_tokens < 1 or steps < 1 or not lr > 0 or batch_size < 1:
+    are_whole = all(is_count(number, 1) for number in (num_virtual_tokens, steps, batch_size))
+    if not are_whole or not is_finite_number(lr) or lr <= 0:
         raise ValueError(
-            f"num_virtual_tokens={num_virtual_tokens}, steps={steps}, lr={lr}, batch_size={batch_size}; expected "
-            "whole numbers of at least 1, and lr above 0."
+            f"num_virtual_tokens={num_virtual_tokens!r}, steps={steps!r}, lr={lr}, batch_size={batch_size!r}; "
+            "expected whole numbers of at least 1, and lr above 0."
         )
     model = unwrapped(model)
     if unlearner_of(model).reads_tokens:
