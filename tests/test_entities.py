@@ -61,6 +61,25 @@ def test_the_end_of_a_text_does_not_count():
     assert entity_loss(model, ROWS, plain, ["doe"]) == entity_loss(model, ROWS, ended, ["doe"])
 
 
+def test_the_collator_of_the_rows_measures_the_texts_before_names():
+    model, tokenizer = build("llama"), make_tokenizer()
+    rows = ROWS.add_column("text", ROWS["prompt"][:])
+    own = ForgetRetainCollator(tokenizer, None, 64, text_field="text", pad_to_multiple_of=8).encoder
+    plain = ForgetRetainCollator(tokenizer, None, 64, pad_to_multiple_of=8).encoder
+    assert entity_loss(model, rows, own, ["doe"]) == entity_loss(model, rows, plain, ["doe"])
+    at_message = ForgetRetainCollator(tokenizer, None, 64, text_field="text", prompt_position="message").encoder
+    with pytest.raises(ValueError, match=r'prompt_position="message", where .* expected one of prompts at "start"'):
+        entity_loss(model, rows, at_message, ["doe"])
+
+
+def test_prompts_that_are_no_texts_are_refused():
+    talks = Dataset.from_list([{"prompt": [{"role": "user", "content": "who is jane doe"}], "completion": " good"}])
+    with pytest.raises(TypeError, match=r"1 of 1 texts are not strings; .* Conversations are no texts"):
+        entity_rows(talks, ["doe"])
+    with pytest.raises(ValueError, match=r"rows lacks the column\(s\) \['prompt'\]"):
+        entity_rows(talks.remove_columns("prompt"), ["doe"])
+
+
 def test_names_that_nobody_has_are_an_error():
     with pytest.raises(ValueError, match=r"none of 3 prompts holds any of \['ada'\]"):
         entity_rows(ROWS, ["ada"])

@@ -10,7 +10,7 @@ from datasets import Dataset
 from torch import nn
 
 from ...data.characters import whole_words
-from ...data.checks import checked_names
+from ...data.checks import check_rows, checked_names, checked_texts
 from ...data.encoder import RowEncoder
 from ...data.rows import column_values
 from .likelihood import response_likelihoods
@@ -24,12 +24,13 @@ def entity_rows(rows: Dataset, entities: Sequence[str]) -> Dataset:
         entities: names as whole words, in any letter case.
 
     Raises:
-        TypeError: if the entities are a single text.
-        ValueError: if there are no entities, or no prompt names any of them after its first word.
+        TypeError: if the entities are a single text, or prompts are no texts.
+        ValueError: if there are no rows, no `prompt` or no entities, or no prompt names any after its first word.
     """
     pattern = re.compile(whole_words(checked_names("entities", entities)), re.IGNORECASE)
+    check_rows(rows, ("prompt",))
     found = []
-    for prompt in column_values(rows, "prompt"):
+    for prompt in checked_texts(column_values(rows, "prompt")):
         for match in pattern.finditer(prompt):
             before = prompt[: match.start()].rstrip()
             if not before:
@@ -60,15 +61,23 @@ def entity_loss(
     Args:
         model: a causal LM, bare, under PEFT, a prompt or unlearning layers.
         rows: with `prompt`, a text.
-        encoder: turns rows into token ids.
+        encoder: its tokenizer and `max_length` count; the text before a name has no `text_field`.
         entities: names as whole words, in any letter case.
         batch_size: rows per forward pass.
         progress: label of a progress bar; None shows none.
 
     Raises:
-        ValueError: if no prompt names any of the entities.
+        TypeError, ValueError: as `entity_rows`.
+        ValueError: if the encoder has prompts at `"message"`: the text before a name is no message.
 
     Source: Chen and Yang, *EUL*, https://arxiv.org/abs/2310.20150
     """
-    found = response_likelihoods(model, entity_rows(rows, entities), encoder, batch_size, progress)
+    named = entity_rows(rows, entities)
+    if encoder.prompt_position == "message":
+        raise ValueError(
+            'the encoder has prompt_position="message", where a prompt stands before what is asked, and the text '
+            'before a name asks nothing; expected one of prompts at "start".'
+        )
+    plain = RowEncoder(encoder.tokenizer, encoder.max_length, pad_to_multiple_of=encoder.pad_to_multiple_of)
+    found = response_likelihoods(model, named, plain, batch_size, progress)
     return float(np.mean([-likelihood.log_probs.mean() for likelihood in found]))
