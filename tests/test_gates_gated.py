@@ -12,6 +12,7 @@ from datasets import Dataset
 from gated_models import GREEDY, NAMES, TEXTS, gated, prompts, saved, tokens
 from helpers import CONFIGS, make_batch, make_collator, make_tokenizer, tokenizer_with, trainable_model
 from small_evaluations import learned, make_splits, measured, per_row
+from tokenizers import AddedToken
 
 from spul import UnlearningTrainer
 from spul.data.encoder import RowEncoder
@@ -65,11 +66,13 @@ def test_generate_and_forward_give_each_row_what_its_prompt_gives(side):
 def test_a_special_token_within_a_name_does_not_hide_it():
     model = GatedUnlearner(prompts(), make_tokenizer(), {"default": NameGate(["jane doe"])})
     jane, doe = (model.tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("about jane", "doe is"))
-    assert model.names_of([[1, *jane, 1, *doe, 2], [*jane, 2, 2, *doe], [1, *jane]]) == [
-        "default",
-        "default",
-        "__base__",
-    ]
+    requests = [[1, *jane, 1, *doe, 2], [*jane, 2, 2, *doe], [1, *jane]]
+    assert model.names_of(requests) == ["default", "default", "__base__"]
+    model.tokenizer.add_tokens([AddedToken("<|eom_id|>", special=True)])
+    eom = model.tokenizer.convert_tokens_to_ids("<|eom_id|>")
+    assert eom not in model.tokenizer.all_special_ids  # it has no name
+    requests = [[1, *jane, eom, *doe, 2], [*jane, eom, 2, *doe], [eom, *jane]]
+    assert model.names_of(requests) == ["default", "default", "__base__"]
 
 
 def test_a_response_is_no_part_of_the_request():

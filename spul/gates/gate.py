@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 import threading
+import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
@@ -27,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 Rows = TypeVar("Rows", Dataset, list)
 _counting = threading.Lock()
+# Of each tokenizer its length and the tokens added as special: there may be thousands, listed anew whenever asked.
+_added: weakref.WeakKeyDictionary[Any, tuple[int, frozenset[int]]] = weakref.WeakKeyDictionary()
 
 
 class Gate:
@@ -280,13 +283,28 @@ def request_texts(tokenizer: PreTrainedTokenizerBase, requests: Sequence[Sequenc
         tokenizer: the model's tokenizer.
         requests: token ids of each request.
     """
-    special = set(tokenizer.all_special_ids)
+    special = special_ids(tokenizer)
 
     def text(ids: Sequence[int]) -> str:
         parts = [list(some) for is_special, some in itertools.groupby(ids, special.__contains__) if not is_special]
         return " ".join(str(tokenizer.decode(part)) for part in parts)
 
     return [text(ids) for ids in requests]
+
+
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Ids of special tokens: those with a name, as EOS, and those that were added as special alone.
+
+    The latter, such as Llama 3's `<|eom_id|>`, are not in `all_special_ids` of transformers 5.
+    """
+    size, (known_size, added) = len(tokenizer), _added.get(tokenizer, (None, frozenset()))
+    if size != known_size:
+        try:
+            added = frozenset(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)
+        except NotImplementedError:  # mistral-common's, whose `all_special_ids` are all of them
+            added = frozenset()
+        _added[tokenizer] = size, added
+    return added.union(tokenizer.all_special_ids)
 
 
 def prompt_texts(rows: Sequence[Mapping[str, Any]] | Dataset, encoder: RowEncoder) -> list[str]:
