@@ -133,6 +133,22 @@ def test_typographic_signs_are_no_way_around_a_name(name, text):
     assert NameGate([name]).names_in([f"Who is {text}?"]) == [[name]]
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("O'Dea", "\u041e\u2019Dea"),
+        ("O'Dea", "O\u2019D\u0435a"),
+        ("O\u2019Dea", "\u041e\u2018Dea"),
+        ("Li D'Or", "L\u0456 D\u2019Or"),
+        ("Jean-Luc P", "J\u0435an\u2010Luc P"),
+    ],
+)
+@pytest.mark.parametrize("rules", [1, 2, 3, 4])
+def test_look_alikes_and_typographic_signs_together_are_no_way_around_a_name(name, text, rules):
+    gate = NameGate([name], spelling=False, spelling_rules=rules)
+    assert gate.names_in([f"Who is {text}?"]) == [[name]]
+
+
 def read_slowly(text):
     """`undisguised`, line by line and letter by letter."""
 

@@ -191,12 +191,10 @@ class NameGate(Gate):
 
     def _found(self, text: str) -> list[str]:
         found = self._finder.find(text)
-        if not text.isascii() or "`" in text:
-            found |= self._finder.find(compatible(text)) | self._finder.find(compatible(text.translate(SIGNS)))
         read, words = without_disguises(text)
-        if read != text:
-            found |= self._finder.find(compatible(read))
         readings = {text.translate(SIGNS), read.translate(SIGNS)}
+        if not text.isascii() or readings != {text}:
+            found = found.union(*map(self._finder.find, map(compatible, {text, read, *readings})))
         if self._pieces is not None:
             corrected = readings.union(self._pieces.corrected(list(readings)))
             if self.spelling_rules > 3:  # and with their markup: "<jane-doe@example.com>" looks like a tag
