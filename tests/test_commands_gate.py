@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from spul.commands.gate import COMMANDS, check, fit
 from spul.commands.options import parse
-from spul.gates import GatedUnlearner, NameGate, StateGate, TextGate, load
+from spul.gates import AnyGate, GatedUnlearner, NameGate, StateGate, TextGate, load
 from spul.gates.gate import request_texts
 from spul.gates.gated_files import attach_gate
 from spul.prompts.checkpoint import ENCODER_NAME
@@ -282,8 +282,19 @@ def test_half_of_a_surrogate_pair_is_refused_before_a_gate_is_fit_and_flagged_wh
     check(parsed("gate", {"adapter": folder / "adapter", "texts": ["the plot", "the \udcff plot"]}, "check"))
     said = capsys.readouterr().out
     assert said.startswith("passed\tthe plot\nflagged\tthe ")
-    assert "the gate failed on 1 of them, which are flagged: ValueError" in said
+    assert said.endswith("\nthe gate (names) failed on 1 of them, which are flagged: ValueError\n")
     said.encode()
+
+
+def test_failures_of_joined_gates_are_said_of_each(folder, capsys):
+    by_wording = TextGate.fit(FORGET, RETAIN, recall=0.9)
+    gate = AnyGate([NameGate(["Jane Doe"]), AnyGate([NameGate(["John Roe"]), by_wording])])
+    attach_gate(gate, folder / "adapter")
+    given = {"adapter": folder / "adapter", "model": folder / "base", "texts": ["the plot", "the \udcff plot"]}
+    check(parsed("gate", given, "check"))
+    assert capsys.readouterr().out.splitlines()[2:] == [
+        f"the gate ({kind}) failed on 1 of them, which are flagged: ValueError" for kind in ("names", "names", "text")
+    ]
 
 
 def test_check_asks_no_gate_that_would_not_be_served(folder, capsys):

@@ -13,7 +13,7 @@ from helpers import CONFIGS, build
 from servers import alone, answered, jobs_of, joined, make_engine, make_gated, prompt, rendered
 
 from spul import ForgetRetainCollator, SoftPromptUnlearner
-from spul.gates import GatedUnlearner
+from spul.gates import AnyGate, GatedUnlearner, NameGate
 from spul.serving.encoding import RequestEncoder
 from spul.serving.engine import Job
 from spul.serving.errors import ApiError
@@ -173,11 +173,12 @@ def test_where_prompts_are_disabled_the_base_answers_only_what_has_none(caplog):
     assert "would answer in their place" in caplog.text
 
 
-def test_a_gate_that_fails_attaches_its_prompt(caplog):
+@pytest.mark.parametrize("join", [lambda gate: gate, lambda gate: AnyGate([NameGate(["jane"]), AnyGate([gate])])])
+def test_a_gate_that_fails_attaches_its_prompt(join):
     def broken(texts):
         raise RuntimeError("no light")
 
-    gated = make_gated(default=broken)
+    gated = make_gated(default=join(broken))
     engine = make_engine(gated)
     jobs = jobs_of(gated, ["good"], [5])
     assert answered(engine, jobs) == [alone(gated, jobs[0].token_ids, "default", 5)[0]]

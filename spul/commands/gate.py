@@ -228,8 +228,9 @@ def check(options: CheckOptions) -> int | None:
     gate = load(options.adapter, *own, subfolder=where)
     for text, flag in zip(texts, gate.flags(texts), strict=True):
         print(f"{'flagged' if flag else 'passed'}\t{printable(text)}")
-    for kind, number in gate.failures.items():
-        print(f"the gate failed on {number} of them, which are flagged: {kind}")
+    for part in gate.parts():  # of joined gates, two may fail on one text
+        for kind, number in part.failures.items():
+            print(f"the gate ({part.kind}) failed on {number} of them, which are flagged: {kind}")
     return None
 
 

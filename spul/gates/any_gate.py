@@ -49,6 +49,10 @@ class AnyGate(Gate):
         if not self.gates:
             raise ValueError("gates is empty; expected at least one.")
 
+    def parts(self) -> list[Gate]:
+        """Itself and the parts of its gates."""
+        return [self, *(part for gate in self.gates for part in gate.parts())]
+
     def decide(self, texts: Sequence[str]) -> np.ndarray:
         """Whether one of the gates flags each text, or fails on it: bool (texts,)."""
         texts = checked_strings(texts)

@@ -53,6 +53,10 @@ class Gate:
         """Number of texts that were flagged because the gate failed on them, by kind of failure."""
         return Counter()
 
+    def parts(self) -> list[Gate]:
+        """The gates that count failures when it is asked: itself, and those that it asks."""
+        return [self]
+
     def scores(self, texts: Sequence[str]) -> np.ndarray:
         """The score of each text, higher for what is to be forgotten: float64 (texts,).
 

@@ -311,9 +311,9 @@ class ServedPrompts:
 
     @property
     def gate_failures(self) -> int:
-        """Number of texts that got a prompt, or a refusal, because a gate failed on them."""
+        """How often gates failed on texts, which got a prompt or a refusal; each of joined gates counts its own."""
         gates = [*list(self.gated.gates.values()), *(one.gate for one in list(self.refusals.values()))]
-        return sum(sum(gate.failures.values()) for gate in gates)
+        return sum(sum(part.failures.values()) for gate in gates for part in gate.parts())
 
     def take_embeddings_only(self) -> None:
         """Refuse, from now on, prompts that are keys and values, as an engine does that takes embeddings.
