@@ -223,8 +223,11 @@ def test_the_table_of_ten_requests_has_the_means_of_its_lines_and_each():
 def test_the_table_of_ten_authors_has_the_numbers_of_its_lines(examples):
     from evidence_authors import AUTHORS, summary
 
-    lines = read("authors-smollm2.jsonl")
-    found = {(name, after): numbers for name, after, *numbers in cells_of(summary(lines))[1:]}
+    lines, second = read("authors-smollm2.jsonl"), read("authors-smollm2-40-steps.jsonl")
+    first_run = [one | {"system": "prompts of a first run"} for one in lines if one["system"].startswith("prompts")]
+    lines = [one for one in lines if not one["system"].startswith("prompts")]
+    shown = cells_of(summary([*lines, *first_run, *second]))[1:]
+    found = {(name, after): numbers for name, after, *numbers in shown}
     stages = {"5": "5 added", "10": "10 added", "10, of which 3 withdrawn": "3 withdrawn"}
     rows = tables_of("results.md", "Ten authors")[0][1:]
     for name, *values in rows:
@@ -232,18 +235,24 @@ def test_the_table_of_ten_authors_has_the_numbers_of_its_lines(examples):
         full = f"{full} behind gates" if full in ("refusals", "prompts") else full
         *numbers, _, as_base = found[full, stages.get(stage, "none")]  # nobody else is declined
         assert values == [*numbers, as_base], name
-    assert len(rows) == 8
+    assert len(rows) == 9
+
+    def not_declined(line):
+        return [
+            (name, answer)
+            for name in AUTHORS
+            for answer, declined in zip(line["answers"][name], line["scores"][name]["declined"], strict=True)
+            if not declined
+        ]
 
     (ten,) = (one for one in lines if one["system"] == "refusals behind gates" and one["after"] == "10 added")
-    passed = [
-        (name, answer)
-        for name in AUTHORS
-        for answer, declined in zip(ten["answers"][name], ten["scores"][name]["declined"], strict=True)
-        if not declined
-    ]
+    passed = not_declined(ten)
     assert len(passed) == 10
     assert sum(name in answer for name, answer in passed) == 5
     assert NameGate(AUTHORS).flags([answer for _, answer in passed]).sum() == 6
+
+    (ten,) = (one for one in second if one["after"] == "10 added")
+    assert sum(one not in passed for one in not_declined(ten)) == 190 - 177
 
 
 # ---- TOFU ----
