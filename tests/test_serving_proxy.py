@@ -23,6 +23,7 @@ from servers import (
     rendered,
     running,
     running_app,
+    until,
 )
 
 from spul.serving.proxy import VllmEngine
@@ -65,15 +66,17 @@ class FakeVllm:
             texts = ["one\u2028", "\x85 two\x1c", "\u2029é"]
         try:
             for i, text in enumerate(texts):
-                if self.fault == "slow":
-                    await asyncio.sleep(3600)
                 reason = "length" if i + 1 == len(texts) else None
+                if self.fault == "slow" or (self.fault == "hangs" and reason):
+                    await asyncio.sleep(3600)
                 if self.fault == "nonsense":
                     yield "data: {\n\n"
                 if self.fault == "short" and reason:
                     return
-                chunk = json.dumps({"choices": [{"text": text, "finish_reason": reason}]}, ensure_ascii=False)
-                yield f"data: {chunk}\r\n\r\n"
+                chunk = {"choices": [{"text": text, "finish_reason": reason}]}
+                if body["stream_options"].get("continuous_usage_stats"):
+                    chunk["usage"] = {"completion_tokens": i + 1}
+                yield f"data: {json.dumps(chunk, ensure_ascii=False)}\r\n\r\n"
                 if self.fault in ODD:
                     yield f"data: {ODD[self.fault]}\n\n"
             yield f"data: {json.dumps({'choices': [], 'usage': {'completion_tokens': len(texts)}})}\n\n"
@@ -124,7 +127,7 @@ def test_each_request_is_sent_with_the_embeddings_of_its_own_prompt(gated, upstr
     assert said.choices[0].message.content == "one two"
     assert found.usage.completion_tokens == 2
     wanted = {"model": "base", **{key: options[key] for key in ("temperature", "top_p", "seed", "stop", "max_tokens")},
-              "stream": True, "stream_options": {"include_usage": True}}  # fmt: skip
+              "stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}}  # fmt: skip
     assert upstream.keys == ["Bearer secret"] * 2
     for body, ids in zip(upstream.bodies, (gated.tokenizer(text)["input_ids"], rendered(gated, chat)), strict=True):
         payload = {key: value for key, value in body.items() if key not in wanted}
@@ -262,6 +265,16 @@ def test_what_takes_too_long_ends_also_at_vllm(gated, upstream):
             client(url).completions.create(model=MODEL, prompt="jane")
         assert caught.value.status_code == 504
         assert HTTP.get(f"{url}/health").json()["waiting"] == 0
+
+
+def test_of_an_answer_that_its_client_leaves_the_tokens_so_far_are_noted(gated, upstream):
+    upstream.fault, events = "hangs", []
+    with running(engine_of(gated, upstream), events.append) as url:
+        stream = client(url).completions.create(model=MODEL, prompt="jane", max_tokens=3, stream=True)
+        assert [next(stream).choices[0].text for _ in range(2)] == ["one", " two"]
+        stream.close()
+        until(lambda: events[-1]["event"] == "answered")
+        assert (events[-1]["finish"], events[-1]["completion_tokens"]) == ("abandoned", 2)
 
 
 def test_too_many_requests_are_429(gated, upstream):

@@ -188,7 +188,7 @@ class VllmEngine:
             **({} if sampling.seed is None else {"seed": sampling.seed}),
             **({"stop": list(sampling.stop)} if sampling.stop else {}),
             "stream": True,
-            "stream_options": {"include_usage": True},
+            "stream_options": {"include_usage": True, "continuous_usage_stats": True},
             **fields,
         }
 
@@ -230,7 +230,7 @@ async def _check(response: Any) -> None:
 
 
 async def _pieces(response: Any) -> AsyncGenerator[Piece, None]:
-    """The parts of a stream of vLLM; the last waits for the number of tokens, which vLLM sends after it."""
+    """The parts of a stream of vLLM; the last waits for the number of all tokens, which vLLM sends after it."""
     reason, num, last = None, None, ""
     async for line in _lines(response):
         if not line.startswith(b"data:"):
@@ -254,7 +254,7 @@ async def _pieces(response: Any) -> AsyncGenerator[Piece, None]:
             logger.error("vLLM sent %r", data[:500])
             raise ApiError(502, "the model's server failed.") from error
         for text in filter(None, texts):
-            yield Piece(text, 0)
+            yield Piece(text, num or 0)
     if reason not in ("stop", "length") or num is None:
         raise ApiError(502, "the model's server ended too early.")
     yield Piece(last, num, reason)
