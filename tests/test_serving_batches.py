@@ -18,7 +18,7 @@ from spul.serving.encoding import RequestEncoder
 from spul.serving.engine import Job
 from spul.serving.errors import ApiError
 from spul.serving.loading import always
-from spul.serving.requests import ChatRequest, Sampling, read_body
+from spul.serving.requests import ChatRequest, Limits, Sampling, read_body
 
 GREEDY = Sampling(temperature=0)
 
@@ -272,6 +272,33 @@ def test_parts_of_a_message_have_the_tokens_of_training():
     found = RequestEncoder(engine.served, engine.limits).job(request).token_ids
     assert found == trained.prompt_ids
     assert found == rendered(gated, [{"role": "user", "content": "the filmplot is good"}])
+
+
+def test_a_message_of_a_role_that_the_template_leaves_out_is_refused():
+    gated = make_gated()
+    template = (
+        "{% for m in messages %}{% if m.role == 'system' %}<s>{{ m.content }}</s>"
+        "{% elif m.role == 'user' %}<s>user\n{{ m.content }}</s>{% endif %}{% endfor %}"
+    )
+    for role, other in (("developer", "system"), ("system", "developer")):
+        gated.tokenizer.chat_template = template.replace("'system'", f"'{other}'")
+        encoder = RequestEncoder(make_engine(gated).served, Limits())
+        asked = {"role": "user", "content": "film"}
+        talk = [asked, {"role": other, "content": "good"}]
+        assert encoder.job(ChatRequest("chat", talk)).token_ids == rendered(gated, talk)
+        with pytest.raises(ApiError, match=f"leaves out messages of the role '{role}'") as caught:
+            encoder.job(ChatRequest("chat", [asked, {"role": role, "content": "good"}]))
+        assert (caught.value.status, caught.value.param) == (400, "messages")
+
+
+@pytest.mark.parametrize("role", ["system", "developer"])
+def test_a_message_of_a_role_that_the_template_shows_or_refuses_itself_is_given_to_it(role):
+    gated, talk = make_gated(), [{"role": role, "content": "good"}, {"role": "user", "content": "a film"}]
+    encoder = RequestEncoder(make_engine(gated).served, Limits())
+    assert encoder.job(ChatRequest("chat", talk)).token_ids == rendered(gated, talk)
+    gated.tokenizer.chat_template = "{% if messages[0].role != 'user' %}{{ raise_exception('no') }}{% endif %}<s>"
+    with pytest.raises(ApiError, match="does not take these messages"):
+        RequestEncoder(make_engine(gated).served, Limits()).job(ChatRequest("chat", talk))
 
 
 def test_a_conversation_that_the_template_does_not_take_is_refused():

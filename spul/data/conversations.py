@@ -15,7 +15,7 @@ from .rows import completion_text, shortened
 
 # An answer that no template changes, to see what a chat template puts after an answer.
 MARK = "answer"
-# Messages that differ from their first character on, to see where a chat template puts a message.
+# Messages that differ from their first character on, to see where a chat template puts a message, and whether it does.
 MARKS = ("a", "z")
 
 Cached = Callable[[Hashable, Callable[[], Sequence[int]]], list[int]]
@@ -110,6 +110,23 @@ def message_start(tokenizer: Any, prompt: list, cached: Cached) -> int:
         return [token_at(encoded["offset_mapping"], character)]
 
     return cached((*_key(tokenizer, prompt), MARKS), start)[0]
+
+
+def leaves_out(tokenizer: Any, role: str) -> bool:
+    """Whether a chat template drops a message of a role in front of the user's in silence; not where it raises.
+
+    Args:
+        tokenizer: has the chat template.
+        role: the role.
+    """
+    asked = {"role": "user", "content": MARK}
+    try:
+        first, other = (
+            _rendered(tokenizer, [{"role": role, "content": mark}, asked], True, tokenize=False) for mark in MARKS
+        )
+    except ValueError:
+        return False
+    return bool(first == other)
 
 
 def last_user_message(prompt: Sequence[Mapping[str, Any]]) -> int | None:

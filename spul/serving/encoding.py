@@ -7,11 +7,11 @@ import dataclasses
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
-from ..data.conversations import conversation_prompt_ids, message_start
+from ..data.conversations import conversation_prompt_ids, leaves_out, message_start
 from ..models.causal_lm import max_positions
 from .engine import Job
 from .errors import ApiError, too_long
-from .requests import ChatRequest, Limits
+from .requests import INSTRUCTING, ChatRequest, Limits
 from .served import ServedPrompts
 
 
@@ -26,6 +26,7 @@ class RequestEncoder:
     def __init__(self, served: ServedPrompts, limits: Limits) -> None:
         self.served, self.limits = served, limits
         self.tokenizer = copy.deepcopy(served.gated.tokenizer)  # fast tokenizers are for one thread at a time
+        self._left_out = [role for role in INSTRUCTING if leaves_out(self.tokenizer, role)]
         base: Any = served.gated.get_base_model()
         self.room = max_positions(base)
         self._stops = _stop_texts(base)
@@ -64,6 +65,9 @@ class RequestEncoder:
         if request.kind == "chat":
             if not tokenizer.chat_template:
                 raise ApiError(400, "the model has no chat template; send a completion.", "messages")
+            if left_out := [one["role"] for one in request.content if one["role"] in self._left_out]:
+                said = f"the model's chat template leaves out messages of the role {left_out[0]!r}; take another role."
+                raise ApiError(400, said, "messages")
             try:
                 ids = conversation_prompt_ids(tokenizer, request.content, _computed)
                 at = message_start(tokenizer, request.content, _computed) if self.served.stands_inside else None

@@ -38,7 +38,8 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "store": (False,),
     "metadata": ({},),
 }
-_ROLES = ("system", "developer", "user", "assistant")
+INSTRUCTING = ("system", "developer")  # roles of which a chat template may know one alone
+_ROLES = (*INSTRUCTING, "user", "assistant")
 
 
 @dataclass(frozen=True)
