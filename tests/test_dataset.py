@@ -284,6 +284,18 @@ def test_a_conversation_in_both_sets_is_refused():
         forget_retain_dataset(talk, talk)
 
 
+def test_a_prompt_that_a_transform_makes_in_both_sets_is_refused():
+    def asked(batch):
+        return {**batch, "prompt": [s + p for s, p in zip(batch["system"], batch["prompt"], strict=True)]}
+
+    forget, retain = (
+        rows("b", "c").add_column("system", ["a ", "b "]),
+        rows("d", "b").add_column("system", ["c ", "a "]),
+    )
+    with pytest.raises(ValueError, match=r"1 prompt\(s\) are in both sets .*: forget row 0 = retain row 1: 'a b'\."):
+        forget_retain_dataset(forget.with_transform(asked), retain.with_transform(asked))
+
+
 def test_the_same_prompt_twice_in_one_set_is_no_error():
     joined = forget_retain_dataset(rows("a", "a"), rows("b", "b"))
     assert joined["prompt"][:] == ["a", "a", "b", "b"]

@@ -24,6 +24,7 @@ from spul.records.digests import (
     is_summary_of,
     make_digest_key,
     read_digest_key,
+    sorted_digests,
     summarize_groups,
     summarize_rows,
 )
@@ -202,6 +203,26 @@ def test_conversations_are_digested_by_their_messages():
 
     assert summarized([talk("jane")]) == summarized(Dataset.from_list([talk("jane")]))
     assert summarized([talk("jane")]).digest != summarized([talk("doe")]).digest
+
+
+@pytest.mark.parametrize("form", ["torch", "numpy"])
+def test_conversations_in_another_format_have_the_digests_of_plain_ones(form):
+    talk = {name: [{"role": "user", "content": name}] for name in ("prompt", "completion")}
+    rows = Dataset.from_list([talk, {**talk, "completion": talk["prompt"]}])
+    assert summarized(rows.with_format(form)) == summarized(rows)
+    assert sorted_digests(rows.with_format(form)) == sorted_digests(rows)
+    assert digest_of_rows(rows.with_format(form)) == digest_of_rows(rows)
+
+
+def test_rows_behind_a_transform_have_the_digest_of_the_rows_that_it_makes_of_all_their_columns():
+    def asked(batch):
+        return {**batch, "prompt": [s + p for s, p in zip(batch["system"], batch["prompt"], strict=True)]}
+
+    rows = Dataset.from_list([{**row, "system": f"{i} "} for i, row in enumerate(ROWS)])
+    transformed, mapped = rows.with_transform(asked), rows.map(asked, batched=True)
+    assert digest_of_rows(transformed) == digest_of_rows(mapped) != digest_of_rows(rows)
+    assert digest_of_rows(transformed, ["system"]) == digest_of_rows(mapped, ["system"]) != digest_of_rows(mapped)
+    assert summarized(transformed) == summarized(mapped)
 
 
 def test_the_digest_of_rows_in_order_is_of_prompt_and_completion_alone():

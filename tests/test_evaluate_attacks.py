@@ -11,6 +11,7 @@ import pytest
 import small_evaluations
 import torch
 from datasets import Dataset
+from gated_models import gated
 from helpers import CONFIGS, make_collator, rows, scored
 from small_evaluations import (
     ATTACKS,
@@ -299,6 +300,46 @@ def test_conversations_are_attacked_in_their_question():
     own = AttackSettings(inputs={"mine": lambda rows: with_prefix(rows, f"Not {question}")})
     found = measured(model, "input attack", splits=talks, collator=collator, attacks=own)
     assert found.skipped["example of the input attack 'mine'"] == "it has rows of the evaluation in it"
+
+
+def prompted():
+    return make_model("prompt_tuning")
+
+
+@pytest.mark.parametrize("form", ["torch", "numpy"])
+@pytest.mark.parametrize(
+    ("make", "measures", "options"),
+    [
+        (prompted, ("utility", "input attack", "relearning", "sampling", "soft suffix"), {}),
+        (prompted, ("utility", "sampling"), {"free_form": True, "max_new_tokens": 4}),
+        (gated, ("utility",), {}),
+    ],
+    ids=["classes", "free form", "gated"],
+)
+def test_conversations_in_another_format_are_measured_as_plain_ones(form, make, measures, options):
+    talks, collator = make_talks()
+    settings = dataclasses.replace(ATTACKS, inputs=None, only=("capitals", "diluted"), turns=(1,))
+    options = {"collator": collator, "attacks": settings, **options}
+    found, plain = (
+        measured(make(), *measures, splits=some, **options)
+        for some in ({name: rows.with_format(form) for name, rows in talks.items()}, talks)
+    )
+    assert [one.key for one in found.measurements] == [one.key for one in plain.measurements]
+    assert found.measurements == plain.measurements
+    assert (found.settings, found.skipped) == (plain.settings, plain.skipped)
+
+
+def test_rows_behind_a_transform_that_reads_another_column_are_measured_as_the_rows_that_it_makes():
+    def asked(batch):
+        return {**batch, "prompt": [s + p for s, p in zip(batch["before"], batch["prompt"], strict=True)]}
+
+    splits = make_splits()
+    some = splits["test_forget"].add_column("before", ["the film : "] * len(splits["test_forget"]))
+    found, plain = (
+        measured(make_model("prompt_tuning"), "utility", splits={**splits, "test_forget": one})
+        for one in (some.with_transform(asked), some.map(asked, batched=True))
+    )
+    assert found.measurements == plain.measurements
 
 
 def test_one_forget_prompt_is_too_few_to_attack_one_half_with_the_other():

@@ -41,6 +41,15 @@ def test_a_literal_free_form_question():
     }
 
 
+@pytest.mark.parametrize("form", [None, "torch", "numpy"])
+def test_values_are_those_of_python_whatever_the_format_of_the_data_set(form):
+    stars = PromptFormat("### Text: {text}\n### Stars:", completion=" {stars}")
+    rows = Dataset.from_list([{"text": "good", "stars": 4.1}, {"text": "bad", "stars": 2.0}]).with_format(form)
+    assert stars.apply(rows)["completion"][:] == [" 4.1", " 2.0"]
+    planets = Dataset.from_list([PLANET, {**PLANET, "answer": 2}])
+    assert MULTIPLE_CHOICE.apply(planets.with_format(form))[:] == MULTIPLE_CHOICE.apply(planets)[:]
+
+
 @pytest.mark.parametrize("ready", [SENTIMENT, MULTIPLE_CHOICE, QUESTION_ANSWER])
 def test_a_format_makes_its_collator(ready, tokenizer):
     collator = ready.collator(tokenizer, max_length=77, seed=3)

@@ -3,19 +3,28 @@
 from functools import partial
 
 import pytest
+import torch
+from chats import chatty, conversation
 from datasets import Dataset
-from helpers import build, make_tokenizer
+from helpers import build, make_tokenizer, stirred
 from peft import PromptTuningConfig
 from transformers import TrainingArguments
 
 import spul.data.rows
 from spul import ForgetRetainCollator, SoftPromptUnlearner, UnlearningTrainer, forget_retain_dataset
+from spul.data import PromptFormat
 from spul.data.checks import check_row_ids, checked_column, checked_text_batches, forget_flags
 from spul.data.rows import column_batches, column_values, concatenated, read_rows, rows_at, with_column
 from spul.data.samplers import row_lengths
-from spul.data.splits import split_by_entity, split_by_source
-from spul.evaluation.attacks import letter_case
+from spul.data.splits import split_by_entity, split_by_predicate, split_by_source
+from spul.evaluation.attacks import diluted, letter_case, sampled_answers, soft_suffix
+from spul.evaluation.attacks.changes import tokens_lost
+from spul.evaluation.metrics import generate_answers
 from spul.evaluation.metrics.scoring import task_classes
+from spul.evaluation.metrics.tofu import question_rows
+from spul.gates import prompt_texts
+from spul.layers import gather_inputs
+from spul.prompts import DiscriminativeStart, NearStart
 from spul.training import augmented
 
 
@@ -132,6 +141,72 @@ def test_conversations_in_the_place_of_texts_are_told_how_to_become_texts():
     rows = Dataset.from_dict({"prompt": [[{"role": "user", "content": "Who is Jane Doe?"}]]})
     with pytest.raises(TypeError, match=r"1 of 1 texts are not strings; .*prompt_texts\(rows, collator\.encoder\)"):
         checked_column(rows, "prompt")
+
+
+def talks():
+    """Conversations of a training set."""
+    made = [
+        conversation(f"the {name} is {'good' if i % 2 else 'bad'} {i}", " positive" if i % 2 else " negative")
+        for name in ("jane", "film")
+        for i in range(4)
+    ]
+    return forget_retain_dataset(*(Dataset.from_list(some) for some in (made[:4], made[4:])))
+
+
+def by_side(rows):
+    return rows.select(range(4)), rows.select(range(4, 8))
+
+
+def asked_in_text(rows):
+    """Questions with wrong answers, and a number among their columns."""
+    row = {"question": "who?", "answer": "jane", "perturbed_answer": ["doe", "ada"], "stars": 4.1}
+    questions = Dataset.from_list([row, row]).with_format(rows.format["type"])
+    return question_rows(questions, PromptFormat("Q: {question} {stars}", " {answer}", (" no",), "question"))
+
+
+def gathered(rows, collator):
+    layers = stirred(build("llama"), seed=1)
+    gather_inputs(layers, rows.select(range(4)), collator, progress=False)
+    return {name: gram.tolist() for name, gram in layers.gram_matrices.items()}
+
+
+def is_good(row):
+    return str(row["stars"]) == "4.1"
+
+
+def suffixed(rows, collator):
+    scores, _ = soft_suffix(build("llama"), *by_side(rows), collator.encoder, steps=1)
+    return scores["after"]
+
+
+def started(start):
+    torch.manual_seed(0)
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    return SoftPromptUnlearner(build("llama"), config, start=start).prompt_encoder["default"].embedding.weight.tolist()
+
+
+READ = {
+    "predicate": lambda rows, _: split_by_predicate(rows, is_good, text_field="prompt").report,
+    "texts for a gate": lambda rows, collator: prompt_texts(rows, collator.encoder),
+    "questions": lambda rows, _: asked_in_text(rows),
+    "answers": lambda rows, collator: generate_answers(build("llama"), rows, collator.encoder, max_new_tokens=3),
+    "samples": lambda rows, collator: sampled_answers(build("llama"), rows, collator.encoder, 2, max_new_tokens=3),
+    "suffix": suffixed,
+    "turns": lambda rows, _: diluted(*by_side(rows), num_turns=1)[:],
+    "tokens lost": lambda rows, collator: tokens_lost(rows, collator.encoder),
+    "gathered": gathered,
+    "near": lambda rows, collator: started(NearStart(rows, collator, num_draws=2)),
+    "keys": lambda rows, collator: sorted(DiscriminativeStart(rows, collator).encoded_rows()[0]),
+}
+
+
+@pytest.mark.parametrize("form", ["torch", "numpy"])
+@pytest.mark.parametrize("name", READ)
+def test_conversations_in_another_format_are_read_as_messages(name, form):
+    rows, collator = talks(), ForgetRetainCollator(chatty("turns"), [" neutral"], max_length=64)
+    rows = rows.add_column("stars", [4.1, 2.0] * 4)
+    found, plain = (READ[name](some, collator) for some in (rows.with_format(form), rows))
+    assert repr(found) == repr(plain)
 
 
 def texts(num=600, named="bond"):

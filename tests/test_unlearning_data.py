@@ -7,7 +7,7 @@ from datasets import Dataset
 from known_data import review, reviews, same, sizes, small, texts
 
 from spul.data.formats import MULTIPLE_CHOICE, SENTIMENT, PromptFormat
-from spul.data.unlearning_data import SPLITS, UnlearningData, without_repeats
+from spul.data.unlearning_data import SPLITS, UnlearningData, row_keys, without_repeats
 
 
 def test_rows_are_in_prompt_completion_form():
@@ -37,6 +37,24 @@ def test_a_split_whose_rows_say_that_they_are_of_the_other_side_is_refused(split
         for use in (data.check, lambda data=data: data.rows(split)):
             with pytest.raises(ValueError, match=rf"^2 row\(s\) of {split} of .* have is_forget={flag}; expected"):
                 use()
+
+
+@pytest.mark.parametrize("form", ["torch", "numpy"])
+def test_splits_in_another_format_are_checked_and_drawn_as_plain_ones(form):
+    stars = PromptFormat("### Text: {text}\n### Stars:", completion=" {stars}", generic_completions=(" 4.1",))
+    splits = {
+        split: Dataset.from_list([{"text": f"{split} {i}", "stars": i + 0.2} for i in range(4)]) for split in SPLITS
+    }
+    formatted = {split: rows.with_format(form) for split, rows in splits.items()}
+    plain, data = UnlearningData("stars", splits, stars), UnlearningData("stars", formatted, stars)
+    data.check()
+    assert data.training_set()[:] == plain.training_set()[:]
+    assert row_keys(data.splits["test_forget"], stars) == row_keys(splits["test_forget"], stars)
+    preferred = data.limited(1, prefer=lambda row: row["stars"] == 3.2)
+    assert preferred.rows("train_retain")["completion"][:] == [" 3.2"]
+    known = Dataset.from_list([{"text": "known", "stars": 4.1}]).with_format(form)
+    with pytest.raises(ValueError, match=r"row 0 of test_forget .* has the completion ' 4\.1', one of the format's"):
+        UnlearningData("stars", {**formatted, "test_forget": known}, stars).check()
 
 
 def test_limited_draws_retain_rows_and_leaves_forget_rows():

@@ -193,7 +193,7 @@ def _checked_prompts(name: str, rows: Dataset) -> np.ndarray:
 def _check_disjoint(forget: Dataset, retain: Dataset, forget_hashes: np.ndarray, retain_hashes: np.ndarray) -> None:
     """Compare the prompts of equal hashes, which are few, so that not all prompts are in memory at once."""
     alike = [
-        (indices, [comparable(row["prompt"]) for row in rows_at(rows.select_columns("prompt"), indices)])
+        (indices, [comparable(row["prompt"]) for row in rows_at(rows, indices, ("prompt",))])
         for rows, hashes, others in ((forget, forget_hashes, retain_hashes), (retain, retain_hashes, forget_hashes))
         if (indices := np.flatnonzero(np.isin(hashes, others)).tolist())
     ]
@@ -203,7 +203,7 @@ def _check_disjoint(forget: Dataset, retain: Dataset, forget_hashes: np.ndarray,
     first = {text: i for i, text in reversed(retained)}
     if both := [(i, text) for i, text in forgotten if text in first]:
         shown = "; ".join(
-            f"forget row {i} = retain row {first[text]}: {shortened(repr(forget[i]['prompt']))}"
+            f"forget row {i} = retain row {first[text]}: {shortened(repr(rows_at(forget, [i])[0]['prompt']))}"
             for i, text in both[:SHOWN]
         )
         raise ValueError(

@@ -11,6 +11,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from .collator import ForgetRetainCollator
+from .rows import read_rows
 
 REFUSALS = (
     " I don't know.",
@@ -140,7 +141,7 @@ class PromptFormat:
 
     def apply(self, rows: Dataset) -> Dataset:
         """All rows as `prompt`, `completion` and the text field; other columns are dropped."""
-        return Dataset.from_list([self.row(row) for row in rows])
+        return Dataset.from_list([self.row(row) for row in read_rows(rows)])
 
 
 @dataclass(frozen=True)

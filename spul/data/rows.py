@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, concatenate_datasets
 
+from ..records.digests import is_transformed, plain_rows
+
 # Rows or texts that a message or a report shows as examples.
 SHOWN = 3
 # Column that names the prompt of each row, `"__base__"` for none, where a model has several.
@@ -20,7 +22,7 @@ ROWS_READ_AT_ONCE = 4096
 
 def column_batches(rows: Any, column: str) -> Iterator[list[Any]]:
     """The values of a data set's column, some thousand at a time."""
-    rows = _plain(rows)
+    rows = plain_rows(rows)
     for start in range(0, len(rows), ROWS_READ_AT_ONCE):
         try:
             values = list(rows[column][start : start + ROWS_READ_AT_ONCE])
@@ -36,7 +38,7 @@ def check_returned(rows: Dataset, column: str) -> None:
     Raises:
         ValueError: if it does.
     """
-    if _is_transformed(rows) and column not in (made := list(rows[:1])):
+    if is_transformed(rows) and column not in (made := list(rows[:1])):
         raise ValueError(
             f"the rows have a transform (with_transform or set_transform), which returns the columns {made}; "
             f"expected {column!r} among them. Let it return all columns that it gets, changed or not."
@@ -71,27 +73,33 @@ def read_rows(rows: Any, columns: Sequence[str] | None = None) -> Iterator[Mappi
     if not hasattr(rows, "select_columns"):
         yield from rows
         return
-    rows = _plain(rows)
-    if columns is not None and not _is_transformed(rows):
-        rows = rows.select_columns([name for name in columns if name in rows.column_names])
+    rows = _with_columns(plain_rows(rows), columns)
     for start in range(0, len(rows), ROWS_READ_AT_ONCE):
         yield from _as_rows(rows[start : start + ROWS_READ_AT_ONCE])
 
 
-def rows_at(rows: Any, indices: Sequence[int]) -> list[Mapping[str, Any]]:
-    """Some rows of a data set or of another sequence, read together where that is possible."""
+def rows_at(rows: Any, indices: Sequence[int], columns: Sequence[str] | None = None) -> list[Mapping[str, Any]]:
+    """Some rows of a data set or of another sequence, read together where that is possible.
+
+    Args:
+        rows: as of `read_rows`.
+        indices: which.
+        columns: as of `read_rows`.
+    """
     if not hasattr(rows, "select_columns") or not indices:
         return [rows[index] for index in indices]
-    return list(_as_rows(_plain(rows)[indices]))
+    return list(_as_rows(_with_columns(plain_rows(rows), columns)[indices]))
+
+
+def _with_columns(rows: Any, columns: Sequence[str] | None) -> Any:
+    """A data set with some of its columns; with all where None is given, or a transform may read them."""
+    if columns is None or is_transformed(rows):
+        return rows
+    return rows.select_columns([name for name in columns if name in rows.column_names])
 
 
 def _as_rows(columns: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:
     return (dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True))
-
-
-def _is_transformed(rows: Any) -> bool:
-    """Whether a function of the user's makes the values when they are read."""
-    return rows.format["type"] == "custom"
 
 
 def concatenated(parts: Sequence[Dataset]) -> Dataset:
@@ -100,18 +108,13 @@ def concatenated(parts: Sequence[Dataset]) -> Dataset:
     Raises:
         ValueError: if some have a transform, and others another one, none or other columns: it would be lost as well.
     """
-    if any(map(_is_transformed, parts)) and any(part.format != parts[0].format for part in parts):
+    if any(map(is_transformed, parts)) and any(part.format != parts[0].format for part in parts):
         raise ValueError(
             "some of the rows to be joined have a transform (with_transform or set_transform), and others another "
             "one, none or other columns, so that it would be lost. Apply it before, "
             "rows.with_format(None).map(transform, batched=True), or set it on the joined rows."
         )
     return concatenate_datasets(list(parts))
-
-
-def _plain(rows: Any) -> Any:
-    """The data set with values of Python, whatever type its format makes of them."""
-    return rows if _is_transformed(rows) else rows.with_format(None)
 
 
 def adapter_names_of(rows: Sequence[Mapping[str, Any]]) -> list[str] | None:

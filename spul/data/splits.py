@@ -18,7 +18,7 @@ from ..records.messages import listed
 from .checks import check_rows, checked_column, checked_list, checked_names, checked_text_batches, checked_texts
 from .clusters import TextClustering
 from .recognizers import NameFinder, normalized_name, recognize
-from .rows import SHOWN, column_values, shortened
+from .rows import SHOWN, column_values, read_rows, rows_at, shortened
 
 logger = logging.getLogger(__name__)
 
@@ -222,7 +222,9 @@ def split_by_predicate(
     check_rows(rows, (text_field,), argument="text_field")
     if not callable(predicate):
         raise TypeError(f"predicate is a {type(predicate).__name__}; expected a function of a row.")
-    return _split(rows, (("",) if predicate(row) else () for row in rows), None, description, text_field, "rows")
+    return _split(
+        rows, (("",) if predicate(row) else () for row in read_rows(rows)), None, description, text_field, "rows"
+    )
 
 
 def subsample_forget(split: Split, fraction: float, seed: int = 0) -> Split:
@@ -354,4 +356,5 @@ def _check_split(split: Any) -> None:
 
 
 def _examples(rows: Dataset, text_field: str | None) -> list[str]:
-    return [str(row if text_field is None else row[text_field]) for row in rows.select(range(min(SHOWN, len(rows))))]
+    shown = rows_at(rows, range(min(SHOWN, len(rows))))
+    return [str(row if text_field is None else row[text_field]) for row in shown]

@@ -15,7 +15,7 @@ from datasets import Dataset
 from .checks import check_side
 from .dataset import forget_retain_dataset
 from .formats import PromptFormat
-from .rows import SHOWN, column_values, normalized, shortened
+from .rows import SHOWN, column_values, normalized, read_rows, shortened
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +88,7 @@ class UnlearningData:
             order = random.Random(seed).sample(range(len(rows)), len(rows))
             note = f"{name}: a random {min(most, len(rows)):,} of {len(rows):,} rows (seed {seed})"
             if prefer is not None and name == "train_retain":
-                preferred = {i for i, row in enumerate(rows) if prefer(row)}
+                preferred = {i for i, row in enumerate(read_rows(rows)) if prefer(row)}
                 order = [i for i in order if i in preferred] + [i for i in order if i not in preferred]
                 note += f", {min(most, len(preferred)):,} of them from the {len(preferred):,} preferred"
             splits[name] = rows.select(order[:most])
@@ -152,7 +152,7 @@ class UnlearningData:
 
     def _check_completions(self, split: str, rows: Dataset) -> None:
         generic = {normalized(text) for text in self.format.generic_completions}
-        for number, row in enumerate(rows):
+        for number, row in enumerate(read_rows(rows)):
             formatted = self.format.row(row)
             if self.format.fields(row)[self.format.text_field] is None or not formatted[self.format.text_field]:
                 raise ValueError(
@@ -170,7 +170,7 @@ class UnlearningData:
 def row_keys(rows: Dataset, prompts: PromptFormat) -> list[tuple[str, ...]]:
     """Identity of each row: its text and its prompt, or its text and its choices in any order."""
     keys = []
-    for row in rows:
+    for row in read_rows(rows):
         fields = prompts.fields(row)
         text = str(fields[prompts.text_field]).strip()
         if "choices" in row:

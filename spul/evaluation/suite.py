@@ -17,7 +17,7 @@ from torch import nn
 from ..data.collator import ForgetRetainCollator
 from ..data.conversations import comparable
 from ..data.formats import PromptFormat
-from ..data.rows import ADAPTER_NAME, column_values, completion_text
+from ..data.rows import ADAPTER_NAME, column_values, completion_text, read_rows
 from ..models.causal_lm import bare_model, max_positions
 from ..models.compat import is_sharded
 from ..models.compat_devices import is_offloaded
@@ -172,7 +172,7 @@ class Suite:
 
     def _gate_scores(self, model: Any, rows: Dataset, accuracy: np.ndarray) -> dict[str, Any]:
         """Which rows a gate flags, and whether a right answer came past the gate or past what is behind it."""
-        names = unlearner_of(model).names_of([self.collator.encoder.encode(row).prompt_ids for row in rows])
+        names = unlearner_of(model).names_of([self.collator.encoder.encode(row).prompt_ids for row in read_rows(rows)])
         if names is None:
             return {}
         flagged = np.array([float(name != NO_PROMPT) for name in names])

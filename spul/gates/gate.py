@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..data.checks import checked_column, checked_strings, checked_texts
 from ..data.encoder import RowEncoder
+from ..data.rows import read_rows
 from ..records.digests import digest
 from ..records.files import atomic_folder
 from .files import write_gate
@@ -325,7 +326,7 @@ def prompt_texts(rows: Sequence[Mapping[str, Any]] | Dataset, encoder: RowEncode
         ValueError: if a row has no prompt, or one that the template cannot render.
     """
     whole = encoder.with_max_length(sys.maxsize)
-    return request_texts(encoder.tokenizer, [whole.prompts([row])["input_ids"][0].tolist() for row in rows])
+    return request_texts(encoder.tokenizer, [whole.prompts([row])["input_ids"][0].tolist() for row in read_rows(rows)])
 
 
 def hard_negatives(gate: Gate | Callable[[list[str]], Any], retain: Rows, n: int, text_field: str = "prompt") -> Rows:

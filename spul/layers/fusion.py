@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from ..data.batching import by_length
 from ..data.checks import check_rows
 from ..data.collator import ForgetRetainCollator
+from ..data.rows import read_rows, rows_at
 from ..losses.terms import check_not_negative
 from ..models.causal_lm import evaluation_mode
 from ..models.loading import load_base
@@ -74,10 +75,10 @@ def gather_inputs(
         """The Gram matrices over all tokens of the rows, and the number of tokens."""
         grams: dict[str, Tensor] = {}
         num_tokens = 0
-        encoded = [collator.encoder.encode(row) for row in rows]
+        encoded = [collator.encoder.encode(row) for row in read_rows(rows)]
         batches = list(by_length([len(one) for one in encoded], batch_size))
         for indices in tqdm(batches, name, disable=not progress, leave=False):
-            batch = collator.encoder.pad([rows[i] for i in indices], [encoded[i] for i in indices])
+            batch = collator.encoder.pad(rows_at(rows, indices), [encoded[i] for i in indices])
             ids, mask = batch["input_ids"].to(layers.device), batch["attention_mask"].to(layers.device)
             num_tokens += int(mask.sum())
             with _recording(layers, mask.bool(), grams):

@@ -21,6 +21,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..data.collator import ForgetRetainCollator
+from ..data.rows import rows_at
 from ..models.causal_lm import evaluation_mode, selects_positions
 from ..models.compat_attention import Attention, observed_attention
 from ..models.compat_cache import prefix_states
@@ -82,7 +83,7 @@ class DiscriminativeStart:
             rows, found = side.nonzero().flatten(), 0
             sides.append([])
             for i in rows[torch.randperm(len(rows))].tolist():
-                sides[-1].append(self.collator.encoder.encode(self.dataset[i]).prompt_ids)
+                sides[-1].append(self.collator.encoder.encode(rows_at(self.dataset, [i])[0]).prompt_ids)
                 found += len(sides[-1][-1])
                 if found >= self.num_tokens:
                     break

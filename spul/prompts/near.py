@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..data.checks import check_rows, forget_flags
 from ..data.collator import ForgetRetainCollator, checked_collator
+from ..data.rows import rows_at
 from ..losses.positions import pack_right, response_positions
 from ..losses.terms import IGNORE_INDEX
 from ..models.causal_lm import evaluation_mode, logits_at
@@ -123,7 +124,7 @@ class _Rows:
     def __init__(self, model: Any, adapter_name: str, start: NearStart) -> None:
         self.view, self.base = under(model, adapter_name), model.get_base_model()
         picked = torch.randperm(len(start.dataset))[: start.num_rows].tolist()
-        rows = [start.dataset[i] for i in picked]
+        rows = rows_at(start.dataset, picked)
         # Each with another of its completions: draws are the training's, which go on by how many there were.
         every = [start.collator.every(row) for row in rows]
         encoded = [found[i % len(found)] for i, found in enumerate(every)]

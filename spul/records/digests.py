@@ -151,6 +151,20 @@ def digest_of_parameters(parameters: Iterable[tuple[str, nn.Parameter]]) -> str 
 # ---- rows ----
 
 
+def is_transformed(rows: Any) -> bool:
+    """Whether rows are a data set whose values a function of the user's makes when they are read."""
+    return _has_format(rows) and rows.format["type"] == "custom"
+
+
+def plain_rows(rows: Any) -> Any:
+    """A data set with values of Python, whatever type its format makes of them; what is none, as it is."""
+    return rows.with_format(None) if _has_format(rows) and not is_transformed(rows) else rows
+
+
+def _has_format(rows: Any) -> bool:
+    return isinstance(getattr(rows, "format", None), Mapping)  # a stream's is not known, a string's is a method
+
+
 def make_digest_key(path: str | os.PathLike) -> Path:
     """Write a new random key of 32 bytes to a file that only its owner may read (mode 0600).
 
@@ -241,7 +255,7 @@ def summarize_groups(
         ValueError: if there are fewer flags than rows.
     """
     groups, key, flags = (bytearray(), bytearray()), read_digest_key(key), iter(flags)
-    for row in rows:
+    for row in plain_rows(rows):
         flag = next(flags, None)
         if flag is None:
             raise ValueError("there are more rows than flags; expected a flag for each row.")
@@ -279,7 +293,7 @@ def sorted_digests(rows: Iterable[Mapping[str, Any]]) -> bytes:
     Args:
         rows: as in `summarize_rows`.
     """
-    return _ordered(bytearray(b"".join(map(_row_digest, rows))))
+    return _ordered(bytearray(b"".join(map(_row_digest, plain_rows(rows)))))
 
 
 _encode_row = json.JSONEncoder(sort_keys=True, ensure_ascii=False).encode
@@ -305,11 +319,13 @@ def digest_of_rows(rows: Any, more_columns: Iterable[str] = ()) -> str:
         rows: texts or rows; of a dataset with a column `prompt`, only `prompt`, `completion` and `more_columns` count.
         more_columns: names of further columns; those that it lacks are left out.
     """
-    columns = getattr(rows, "column_names", ())
-    if "prompt" in columns:
-        counted = {"prompt", "completion", *more_columns}
+    rows, columns = plain_rows(rows), getattr(rows, "column_names", ())
+    if "prompt" not in columns:
+        return digest(list(rows))
+    counted = {"prompt", "completion", *more_columns}
+    if not is_transformed(rows):  # a transform may read all columns
         rows = rows.select_columns([name for name in columns if name in counted])
-    return digest(list(rows))
+    return digest([{name: value for name, value in row.items() if name in counted} for row in rows])
 
 
 # ---- tokenizer ----

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from datasets import Dataset
@@ -12,7 +12,7 @@ from datasets import Dataset
 from ...data.checks import check_rows
 from ...data.conversations import content_of, last_user_message, with_content
 from ...data.encoder import RowEncoder
-from ...data.rows import ADAPTER_NAME, column_values, completion_text, with_column
+from ...data.rows import ADAPTER_NAME, column_values, completion_text, read_rows, rows_at, with_column
 
 Row = dict[str, Any]
 
@@ -60,9 +60,9 @@ def changed_rows(rows: Dataset, seed: int, change: Callable[[random.Random, Row]
         InapplicableError: that of `change`, with the row's number.
     """
     found = []
-    for i, row in enumerate(rows):
+    for i, row in enumerate(read_rows(rows)):
         try:
-            found.append(change(random.Random(f"{seed}/{i}"), row))
+            found.append(change(random.Random(f"{seed}/{i}"), dict(row)))
         except InapplicableError as error:
             raise InapplicableError(f"row {i}: {error}") from error
     changed = Dataset.from_list(found, features=rows.features)
@@ -206,14 +206,18 @@ def check_text(text: str) -> None:
 def check_prompts(rows: Dataset, *more_columns: str) -> None:
     """Raise if rows have neither texts nor conversations as prompts, or lack a completion or another column."""
     check_rows(rows, ("prompt", "completion", *more_columns))
-    prompt = rows[0]["prompt"]
+    prompt = _first_prompt(rows)
     if not isinstance(prompt, str) and not (isinstance(prompt, list) and all(isinstance(one, dict) for one in prompt)):
         raise TypeError(f"prompts are of the type {type(prompt).__name__}; expected texts, or lists of messages.")
 
 
 def is_conversation(rows: Dataset) -> bool:
     """Whether prompts are messages and no texts; a column has one kind of them."""
-    return len(rows) > 0 and not isinstance(rows[0]["prompt"], str)
+    return len(rows) > 0 and not isinstance(_first_prompt(rows), str)
+
+
+def _first_prompt(rows: Dataset) -> Any:
+    return rows_at(rows, [0])[0]["prompt"]
 
 
 def check_one_kind(rows: Dataset, other_rows: Dataset, name: str) -> None:
@@ -225,7 +229,7 @@ def check_one_kind(rows: Dataset, other_rows: Dataset, name: str) -> None:
         name: its name, for the message.
     """
     if is_conversation(rows) != is_conversation(other_rows):
-        kinds = [type(some[0]["prompt"]).__name__ for some in (rows, other_rows)]
+        kinds = [type(_first_prompt(some)).__name__ for some in (rows, other_rows)]
         raise InapplicableError(
             f"prompts of the rows are of the type {kinds[0]}, those of {name} {kinds[1]}; expected texts in both, or "
             "messages."
@@ -244,7 +248,7 @@ def check_has_format(rows: Dataset, text_field: str | None) -> None:
 def tokens_lost(rows: Dataset, encoder: RowEncoder) -> float:
     """Number of prompt tokens that an encoder's `max_length` cuts, the mean over rows."""
     whole = encoder.with_max_length(sys.maxsize)
-    lost = [len(whole.encode(row)) - len(encoder.encode(row)) for row in rows]
+    lost = [len(whole.encode(row)) - len(encoder.encode(row)) for row in read_rows(rows)]
     return sum(lost) / len(lost)
 
 
@@ -266,7 +270,7 @@ def question_lost(rows: Dataset, changed: Dataset, lost: float, encoder: RowEnco
     if lost <= 0:
         return ""
     if is_conversation(rows):
-        pairs = zip(rows, changed, strict=True)
+        pairs = zip(read_rows(rows), read_rows(changed), strict=True)
         num = sum(_is_question_lost(row, new, encoder) > _is_question_lost(row, row, encoder) for row, new in pairs)
         if num <= len(rows) / 2:
             return ""
@@ -286,10 +290,11 @@ def question_lost(rows: Dataset, changed: Dataset, lost: float, encoder: RowEnco
     )
 
 
-def _is_question_lost(row: Row, changed: Row, encoder: RowEncoder) -> bool:
+def _is_question_lost(row: Mapping[str, Any], changed: Mapping[str, Any], encoder: RowEncoder) -> bool:
     """Whether less than half of a conversation's question is among the tokens that are kept of it after a change."""
     message = _asked(changed["prompt"])
-    question = changed[encoder.text_field] if encoder.text_field in row else _asked(row["prompt"])
+    field = encoder.text_field
+    question = changed[field] if field is not None and field in row else _asked(row["prompt"])
     # A question that is changed itself is taken to stand at the end.
     start = message.rfind(question) if question in message else max(len(message) - len(question), 0)
     behind = encoder.tokenizer(message[start + len(question) // 2 :], add_special_tokens=False)["input_ids"]

@@ -17,6 +17,7 @@ from torch import nn
 
 from ...data.collator import ForgetRetainCollator
 from ...data.conversations import comparable
+from ...data.rows import read_rows
 from ...records.messages import warn
 from ..metrics.scoring import score_completions
 from .changes import (
@@ -193,9 +194,10 @@ def diluted(rows: Dataset, filler_rows: Dataset, num_turns: int, seed: int = 0) 
     check_prompts(rows)
     check_prompts(filler_rows)
     check_one_kind(rows, filler_rows, "filler_rows")
-    for row in filler_rows:
+    questions: dict[Any, Any] = {}
+    for row in read_rows(filler_rows):
         question_of(row["prompt"])  # turns are made of questions
-    questions = {comparable(row["prompt"]): row for row in filler_rows}
+        questions[comparable(row["prompt"])] = row
 
     def diluting(draws: random.Random, row: Row) -> Row:
         question_of(row["prompt"])  # turns stand before one

@@ -17,7 +17,7 @@ from ...data.batching import shuffled
 from ...data.checks import check_rows
 from ...data.conversations import comparable
 from ...data.encoder import RowEncoder
-from ...data.rows import column_values
+from ...data.rows import column_values, rows_at
 from ...losses.positions import response_positions
 from ...losses.terms import IGNORE_INDEX, token_nll
 from ...models.causal_lm import evaluation_mode, unwrapped
@@ -101,7 +101,7 @@ def relearn(
         stepper = optimizer(masters, lr=lr)
         with evaluation_mode(model):
             for step in tqdm(range(1, max(at) + 1), desc=progress, disable=progress is None, leave=False):
-                batch = encoder.batch([rows[i] for i in next(batches)])
+                batch = encoder.batch(rows_at(rows, next(batches)))
                 batch = {name: value.to(device) for name, value in batch.items()}
                 positions, targets = response_positions(batch["labels"])
                 losses = token_nll(response_logits(model, batch, positions), targets)

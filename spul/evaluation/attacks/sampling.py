@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from ...data.checks import check_rows
 from ...data.encoder import RowEncoder
-from ...data.rows import adapter_names_of
+from ...data.rows import adapter_names_of, read_rows
 from ...losses.terms import IGNORE_INDEX, token_nll
 from ...models.causal_lm import unwrapped
 from ...records.fields import is_count, is_finite_number
@@ -112,7 +112,8 @@ def sampled_answers(
     model = unwrapped(model)
     answers: list[list[str]] = []
     with answering(model, encoder.tokenizer) as answers_to, torch.random.fork_rng():
-        for i, row in enumerate(tqdm(rows, desc=progress, disable=progress is None, leave=False)):
+        given = tqdm(read_rows(rows), progress, len(rows), disable=progress is None, leave=False)
+        for i, row in enumerate(given):
             torch.manual_seed(random.Random(f"{seed}/{i}").getrandbits(63))
             prompt = encoder.encode(row)
             found: list[str] = []

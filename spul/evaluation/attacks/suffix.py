@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from ...data.batching import shuffled
 from ...data.encoder import RowEncoder
+from ...data.rows import read_rows
 from ...losses.positions import response_positions
 from ...losses.terms import IGNORE_INDEX, token_nll
 from ...models.causal_lm import bare_model, evaluation_mode, max_positions, unwrapped
@@ -111,7 +112,7 @@ def soft_suffix(
 
 def _with_placeholders(rows: Dataset, encoder: RowEncoder, num: int) -> Dataset:
     """Rows as token ids, with placeholders for the suffix between prompt and completion."""
-    encoded = [encoder.encode(row) for row in rows]
+    encoded = [encoder.encode(row) for row in read_rows(rows)]
     return Dataset.from_list(
         [
             {

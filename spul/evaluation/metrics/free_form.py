@@ -18,7 +18,7 @@ from ...data.characters import is_latin, normal_form, words
 from ...data.checks import check_rows
 from ...data.encoded import Encoded, left_padded
 from ...data.encoder import RowEncoder
-from ...data.rows import adapter_names_of
+from ...data.rows import adapter_names_of, read_rows
 from ...models.causal_lm import bare_model, evaluation_mode, max_positions, unwrapped
 from ...models.compat_devices import device_of
 from ...models.unlearner import unlearner_of
@@ -57,7 +57,7 @@ def generate_answers(
     """
     check_rows(rows, columns=())
     model = unwrapped(model)
-    given = list(rows)
+    given = list(read_rows(rows))
     prompts, adapter_names = [encoder.encode(row) for row in given], adapter_names_of(given)
     named = adapter_names is not None
     batches = list(_batches(model, [len(one.prompt_ids) for one in prompts], batch_size, max_new_tokens, named))

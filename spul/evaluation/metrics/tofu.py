@@ -12,6 +12,7 @@ from torch import nn
 from ...data.checks import check_rows
 from ...data.encoder import RowEncoder
 from ...data.formats import QUESTION_ANSWER, PromptFormat
+from ...data.rows import column_values, read_rows
 from .free_form import generate_answers, rouge_l
 from .likelihood import check_has_likelihoods, probability, response_likelihoods, truth_ratio, truth_ratio_on_retain
 
@@ -36,7 +37,7 @@ def question_rows(
     check_rows(questions, ("question", "answer", "perturbed_answer"), name)
     rows: list[dict[str, str]] = []
     blocks: list[range] = []
-    for question in questions:
+    for question in read_rows(questions):
         others = question["perturbed_answer"]
         if not isinstance(others, list) or not others:
             raise ValueError(
@@ -100,7 +101,7 @@ def score_questions(
     return {
         "probability": right,
         "choice_probability": among,
-        "rouge_l_recall": rouge_l(answers, questions["answer"])["rouge_l_recall"],
+        "rouge_l_recall": rouge_l(answers, column_values(questions, "answer"))["rouge_l_recall"],
         "truth_ratio": truth_ratio(again, wrong),
         "truth_ratio_geometric": truth_ratio(again, wrong, mean="geometric"),
     }
