@@ -241,7 +241,7 @@ class SoftPromptUnlearner(PromptAdapters):
             is_rejected=is_rejected,
             prompt_position=prompt_position,
         )
-        if out.loss.requires_grad:
+        if out.loss is not None and out.loss.requires_grad:
             self.parameters_changed()
         return out
 

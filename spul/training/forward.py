@@ -61,7 +61,7 @@ def unlearning_forward(
     rows = (input_ids, labels, is_forget, attention_mask, group_counts, num_items_in_batch, reference_logits)
     at = prompt_position if unlearner.takes_prompt_position else None
     out = batch_loss(loss, trained, base, *rows, is_rejected=is_rejected, alpha=alpha, prompt_position=at)
-    if out.loss.requires_grad:
+    if out.loss is not None and out.loss.requires_grad:
         unlearner.parameters_changed()
     return out
 
