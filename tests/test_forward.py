@@ -13,6 +13,7 @@ from helpers import (
     make_collator,
     make_dataset,
     make_tokenizer,
+    make_unlearner,
     rows,
     trainable_model,
 )
@@ -372,3 +373,12 @@ def test_long_completions_of_forget_rows_have_their_npo_reference(tmp_path):
     batch = collator([dataset[i] for i in range(8)])
     out = unlearning_forward(model, loss, **batch, reference_logits=cache.logits(batch))
     torch.testing.assert_close(out.loss, plain_loss(model, frozen, batch, loss), rtol=1e-4, atol=1e-4)
+
+
+def test_a_wrapped_prompt_is_called_itself():
+    """Its wrapper's hooks would not run: under DDP each process would train a prompt of its own."""
+    model, batch = make_unlearner(), make_collator()([make_dataset(1, 1)[i] for i in range(2)])
+    expected = model(**batch).loss
+    torch.testing.assert_close(unlearning_forward(model, model.loss, **batch).loss, expected)
+    with pytest.raises(TypeError, match=r"the prompt is wrapped, in a OptimizedModule, .* itself: model\(\*\*batch\)"):
+        unlearning_forward(torch.compile(model, backend="eager"), model.loss, **batch)

@@ -43,6 +43,7 @@ def unlearning_forward(
         prompt_position: not used but by a prompt; a collator for one returns it.
 
     Raises:
+        TypeError: if the model is a wrapped prompt.
         ValueError: if shapes do not match, `reference_logits` are needed and cannot be computed, or `alpha` is missing
             under a budget.
 
@@ -55,6 +56,11 @@ def unlearning_forward(
         ```
     """
     unlearner = unlearner_of(model)
+    if unlearner.computes_loss and unlearner is not model:
+        raise TypeError(
+            f"the prompt is wrapped, in a {type(model).__name__}, whose hooks, as those that average gradients, run "
+            "where it is called itself: model(**batch), with the loss of SoftPromptUnlearner."
+        )
     trained, base = unlearner.reads(loss.reads_layer)
     if loss.reads_layer is None:
         trained = unlearner.logits_through(model)
