@@ -174,6 +174,7 @@ def test_data_length_and_loss_are_checked(tmp_path):
     for name, value in (("reference", "live"), ("reference_dir", tmp_path), ("digest_key", KEY)):
         with pytest.raises(ValueError, match=f"{name} is for rows with is_forget, and of no effect"):
             combine(build("llama"), folders, **{name: value}, **given)
+    combine(build("llama"), folders, reference_dir=None, digest_key=None, **training(tmp_path, max_steps=1))
 
 
 def test_a_base_is_as_before_where_combining_fails(tmp_path):

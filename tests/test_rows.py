@@ -6,7 +6,7 @@ import pytest
 import torch
 from chats import chatty, conversation
 from datasets import Dataset
-from helpers import build, make_tokenizer, stirred
+from helpers import arguments, assert_same, build, make_tokenizer, prompt_state, stirred
 from peft import PromptTuningConfig
 from transformers import TrainingArguments
 
@@ -207,6 +207,20 @@ def test_conversations_in_another_format_are_read_as_messages(name, form):
     rows = rows.add_column("stars", [4.1, 2.0] * 4)
     found, plain = (READ[name](some, collator) for some in (rows.with_format(form), rows))
     assert repr(found) == repr(plain)
+
+
+@pytest.mark.parametrize("form", ["torch", "numpy"])
+def test_conversations_in_another_format_are_trained_on_as_those_without(form, tmp_path):
+    states = []
+    for some in (talks(), talks().with_format(form)):
+        model = SoftPromptUnlearner(
+            build("llama", torch.float32), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+        )
+        collator = ForgetRetainCollator(chatty("turns"), [" neutral"], max_length=64)
+        args = arguments(tmp_path, max_steps=2, per_device_train_batch_size=4)
+        UnlearningTrainer(model, args, collator, some, forget_fraction=0.5, reference_dir=tmp_path).train()
+        states.append(prompt_state(model))
+    assert_same(*states, rtol=0, atol=0)
 
 
 def texts(num=600, named="bond"):

@@ -104,6 +104,17 @@ def test_an_upload_takes_the_place_of_an_earlier_save(hub, tmp_path):
         SoftPromptUnlearner.from_pretrained(build("llama", torch.float32), folder)
 
 
+def test_an_upload_under_way_keeps_the_files_that_it_reads(hub, tmp_path, monkeypatch):
+    """Trainer leaves out the uploads of later checkpoints meanwhile."""
+    monkeypatch.setattr(Future, "done", lambda self: False)
+    trainer = trained("prompt", tmp_path / "out", max_steps=3)
+    assert len(hub.uploads) == 1
+    load = SoftPromptUnlearner.from_pretrained
+    first, kept = (load(build("llama", torch.float32), folder) for folder in (hub.uploads[0], tmp_path / "out"))
+    assert_same(weights_of(first), weights_of(kept), rtol=0, atol=0)
+    assert not torch.equal(weights_of(kept)["tokens"], weights_of(trainer.model)["tokens"])
+
+
 def test_nothing_is_saved_for_an_upload_that_is_left_to_the_end(hub, tmp_path):
     trained("prompt", tmp_path / "out", hub_strategy="end")
     assert hub.uploads == []

@@ -50,8 +50,10 @@ class AnyGate(Gate):
             raise ValueError("gates is empty; expected at least one.")
 
     def parts(self) -> list[Gate]:
-        """Itself and the parts of its gates."""
-        return [self, *(part for gate in self.gates for part in gate.parts())]
+        """Itself and the parts of its gates, each once."""
+        return list(
+            {id(part): part for part in (self, *(one for gate in self.gates for one in gate.parts()))}.values()
+        )
 
     def decide(self, texts: Sequence[str]) -> np.ndarray:
         """Whether one of the gates flags each text, or fails on it: bool (texts,)."""

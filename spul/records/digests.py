@@ -158,7 +158,10 @@ def is_transformed(rows: Any) -> bool:
 
 def plain_rows(rows: Any) -> Any:
     """A data set with values of Python, whatever type its format makes of them; what is none, as it is."""
-    return rows.with_format(None) if _has_format(rows) and not is_transformed(rows) else rows
+    if not _has_format(rows) or is_transformed(rows):
+        return rows
+    is_plain = rows.format["type"] is None and rows.format["columns"] == rows.column_names
+    return rows if is_plain else rows.with_format(None)
 
 
 def _has_format(rows: Any) -> bool:

@@ -313,7 +313,8 @@ class ServedPrompts:
     def gate_failures(self) -> int:
         """How often gates failed on texts, which got a prompt or a refusal; each of joined gates counts its own."""
         gates = [*list(self.gated.gates.values()), *(one.gate for one in list(self.refusals.values()))]
-        return sum(sum(part.failures.values()) for gate in gates for part in gate.parts())
+        parts = {id(part): part for gate in gates for part in gate.parts()}  # one may serve several prompts
+        return sum(sum(part.failures.values()) for part in parts.values())
 
     def take_embeddings_only(self) -> None:
         """Refuse, from now on, prompts that are keys and values, as an engine does that takes embeddings.

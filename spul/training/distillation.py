@@ -15,7 +15,7 @@ from transformers import TrainingArguments
 
 from ..data.checks import check_rows
 from ..data.collator import ForgetRetainCollator, checked_collator
-from ..data.rows import concatenated, with_column
+from ..data.rows import concatenated, rows_at, with_column
 from ..losses.positions import response_positions
 from ..losses.terms import KLDivergence
 from ..losses.unlearning_loss import UnlearningLoss
@@ -113,8 +113,9 @@ def combine(
         else:
             if loss is not None:
                 raise ValueError("loss is for rows with is_forget; rows without it are trained toward the prompts.")
-            if given := sorted(trainer_kwargs.keys() & {"reference", "reference_dir", "digest_key"}):
-                raise ValueError(f"{given[0]} is for rows with is_forget, and of no effect on rows without it.")
+            for name in ("reference", "reference_dir", "digest_key"):
+                if trainer_kwargs.get(name) is not None:
+                    raise ValueError(f"{name} is for rows with is_forget, and of no effect on rows without it.")
             trainer = _DistillationTrainer(student, parts, train_dataset, data_collator, args, **trainer_kwargs)
         trainer.train()
         record = student.spul_config
@@ -254,7 +255,7 @@ def _choose_teachers(
     divergence, chosen = KLDivergence(direction="reverse"), []
     size = args.per_device_eval_batch_size
     for start in tqdm(range(0, len(inputs), size), "choosing teachers", disable=args.disable_tqdm, leave=False):
-        batch = collator.encoder.batch([inputs[i] for i in range(start, min(start + size, len(inputs)))])
+        batch = collator.encoder.batch(rows_at(inputs, range(start, min(start + size, len(inputs)))))
         ids, mask, labels = (batch[name].to(device) for name in ("input_ids", "attention_mask", "labels"))
         positions, targets = response_positions(labels)
         frozen = logits_at(base, positions, input_ids=ids, attention_mask=mask, use_cache=False)

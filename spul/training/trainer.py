@@ -26,7 +26,7 @@ from ..models.causal_lm import num_embeddings
 from ..models.compat import keep_4bit_differentiable, save_training_args
 from ..models.unlearner import unlearner_of
 from ..prompts.unlearner import SoftPromptUnlearner
-from ..records.digests import DigestKey, fingerprint, read_digest_key
+from ..records.digests import DigestKey, fingerprint, plain_rows, read_digest_key
 from .callbacks import EmbeddingNoise, EpochCallback, MultiplierCallback
 from .checks import (
     check_base_is_frozen,
@@ -114,6 +114,7 @@ class UnlearningTrainer(SteppingTrainer):
             raise TypeError(f"args is a {type(args).__name__}; expected TrainingArguments(output_dir, ...).")
         refuse_options(args, {**kwargs, "eval_dataset": eval_dataset})
         check_processing_class(processing_class, data_collator.tokenizer)
+        train_dataset = plain_rows(train_dataset)
         self._collator, self._given_loss, self._rows = data_collator, loss, train_dataset
         self._noise = EmbeddingNoise()
         self._reference_mode, self._reference_dir = reference, reference_dir
@@ -364,7 +365,9 @@ class UnlearningTrainer(SteppingTrainer):
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         # Trainer uploads the output folder with PEFT's two files alone, and those of a prompt named "default".
         is_pushed = self.is_world_process_zero() and self.args.hub_strategy != HubStrategy.END
-        if is_pushed and self.unlearner.spul_config is not None:
+        # An upload under way reads the folder; this one is then left out.
+        is_free = self.args.hub_always_push or self.push_in_progress is None or self.push_in_progress.is_done()
+        if is_pushed and is_free and self.unlearner.spul_config is not None:
             self._learner.save_pretrained(self.args.output_dir)
         super()._push_from_checkpoint(checkpoint_folder)
 

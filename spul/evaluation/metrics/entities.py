@@ -24,7 +24,7 @@ def entity_rows(rows: Dataset, entities: Sequence[str]) -> Dataset:
         entities: names as whole words, in any letter case.
 
     Raises:
-        TypeError: if the entities are a single text, or prompts are no texts.
+        TypeError: if the rows are no `datasets.Dataset`, the entities a single text, or prompts no texts.
         ValueError: if there are no rows, no `prompt` or no entities, or no prompt names any after its first word.
     """
     pattern = re.compile(whole_words(checked_names("entities", entities)), re.IGNORECASE)
