@@ -13,7 +13,6 @@ from peft import PeftModel
 from torch import nn
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel, TrainingArguments, enable_full_determinism, set_seed
-from transformers.trainer_utils import HubStrategy
 
 from ..data.checks import check_not_generic
 from ..data.collator import ROW_COLUMNS, ForgetRetainCollator, checked_collator
@@ -364,7 +363,7 @@ class UnlearningTrainer(SteppingTrainer):
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         # Trainer uploads the output folder with PEFT's two files alone, and those of a prompt named "default".
-        is_pushed = self.is_world_process_zero() and self.args.hub_strategy != HubStrategy.END
+        is_pushed = self.is_world_process_zero() and self.args.hub_strategy != "end"
         # An upload under way reads the folder; this one is then left out.
         is_free = self.args.hub_always_push or self.push_in_progress is None or self.push_in_progress.is_done()
         if is_pushed and is_free and self.unlearner.spul_config is not None:
