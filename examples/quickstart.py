@@ -1,6 +1,6 @@
 """Unlearn some people's film reviews, from a cold start, with nothing downloaded.
 
-    python examples/quickstart.py                                # under two minutes on 2 CPU cores
+    python examples/quickstart.py                                # two to three minutes on 2 CPU cores
     python examples/quickstart.py --seed 1 --output-dir out/one
     python examples/quickstart.py --model NAME --forget forget.jsonl --retain retain.jsonl --generic " unknown"
 
