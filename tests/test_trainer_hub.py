@@ -1,4 +1,4 @@
-"""What a training with push_to_hub uploads: whole prompts and layers, which load from there."""
+"""Uploads of a training with push_to_hub: whole prompts and layers, which load from there."""
 
 import shutil
 from concurrent.futures import Future
@@ -56,7 +56,7 @@ MODELS = {
 
 
 def weights_of(model):
-    """What is trained: of a prompt its virtual tokens, of layers their weights."""
+    """The trained tensors: of a prompt its virtual tokens, of layers their weights."""
     if isinstance(model, UnlearningLayers):
         return model.layers_state()
     name, is_loaded = model.active_adapter, model.active_peft_config.inference_mode

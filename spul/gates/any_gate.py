@@ -14,7 +14,7 @@ from ..records.digests import digest
 from ..records.files import find_file
 from ..records.weights import file_digest
 from .files import SETTINGS_NAME, SavedGate, read_gate
-from .gate import Gate, as_gate
+from .gate import Gate, as_gate, parts_of
 from .names import NameGate
 from .state import StateGate
 from .text import TextGate
@@ -51,9 +51,7 @@ class AnyGate(Gate):
 
     def parts(self) -> list[Gate]:
         """Itself and the parts of its gates, each once."""
-        return list(
-            {id(part): part for part in (self, *(one for gate in self.gates for one in gate.parts()))}.values()
-        )
+        return [self, *parts_of(self.gates)]
 
     def decide(self, texts: Sequence[str]) -> np.ndarray:
         """Whether one of the gates flags each text, or fails on it: bool (texts,)."""

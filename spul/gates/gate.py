@@ -9,7 +9,7 @@ import sys
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -295,6 +295,11 @@ def request_texts(tokenizer: PreTrainedTokenizerBase, requests: Sequence[Sequenc
         return " ".join(str(tokenizer.decode(part)) for part in parts)
 
     return [text(ids) for ids in requests]
+
+
+def parts_of(gates: Iterable[Gate]) -> list[Gate]:
+    """The gates that count failures when these are asked, each once."""
+    return list({id(part): part for gate in gates for part in gate.parts()}.values())
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from ..gates.gate import Gate, request_texts
+from ..gates.gate import Gate, parts_of, request_texts
 from ..gates.gated import GatedUnlearner
 from ..gates.routes import Routes
 from ..models.unlearner import PREFIX_TYPES
@@ -311,10 +311,9 @@ class ServedPrompts:
 
     @property
     def gate_failures(self) -> int:
-        """How often gates failed on texts, which got a prompt or a refusal; each of joined gates counts its own."""
+        """Number of failures on texts, which got a prompt or a refusal; each of joined gates counts its own."""
         gates = [*list(self.gated.gates.values()), *(one.gate for one in list(self.refusals.values()))]
-        parts = {id(part): part for gate in gates for part in gate.parts()}  # one may serve several prompts
-        return sum(sum(part.failures.values()) for part in parts.values())
+        return sum(sum(part.failures.values()) for part in parts_of(gates))  # one may serve several prompts
 
     def take_embeddings_only(self) -> None:
         """Refuse, from now on, prompts that are keys and values, as an engine does that takes embeddings.
