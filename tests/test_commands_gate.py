@@ -290,11 +290,23 @@ def test_failures_of_joined_gates_are_said_of_each(folder, capsys):
     by_wording = TextGate.fit(FORGET, RETAIN, recall=0.9)
     gate = AnyGate([NameGate(["Jane Doe"]), AnyGate([NameGate(["John Roe"]), by_wording])])
     attach_gate(gate, folder / "adapter")
-    given = {"adapter": folder / "adapter", "model": folder / "base", "texts": ["the plot", "the \udcff plot"]}
+    given = {"adapter": folder / "adapter", "texts": ["the plot", "the \udcff plot"]}
     check(parsed("gate", given, "check"))
     assert capsys.readouterr().out.splitlines()[2:] == [
         f"the gate ({kind}) failed on 1 of them, which are flagged: ValueError" for kind in ("names", "names", "text")
     ]
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_check_needs_the_base_where_a_gate_of_states_is_among_joined_ones(folder, capsys, nested):
+    of_states = StateGate.fit(
+        build("llama"), AutoTokenizer.from_pretrained(folder / "base"), FORGET, RETAIN, recall=0.9
+    )
+    gate = AnyGate([NameGate(["John Roe"]), AnyGate([of_states]) if nested else of_states])
+    attach_gate(gate, folder / "adapter")
+    with pytest.raises(ValueError, match="--model BASE"):
+        check(parsed("gate", {"adapter": folder / "adapter", "texts": ["the plot"]}, "check"))
+    assert flagged(folder, [*FORGET[:2], "john roe"], capsys) == gate.flags([*FORGET[:2], "john roe"]).tolist()
 
 
 def test_check_asks_no_gate_that_would_not_be_served(folder, capsys):

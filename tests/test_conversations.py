@@ -7,6 +7,7 @@ from datasets import Dataset
 from helpers import CHAT_TEMPLATE, make_tokenizer
 
 from spul.data.conversations import comparable, content_of, conversation_prompt_ids, message_start, with_content
+from spul.data.encoder import RowEncoder
 
 TURNS = [
     {"role": "system", "content": "the plot"},
@@ -166,3 +167,30 @@ def test_columns_of_other_fields_hold_the_same_prompts():
     )
     assert comparable(plain[0]["prompt"]) == comparable(more[2]["prompt"])
     assert comparable(plain[0]["prompt"]) != comparable(more[1]["prompt"])
+
+
+KNOWS_SYSTEM = (
+    "{% for m in messages %}{% if m['role'] != 'developer' %}{{ m['role'] }}: {{ m['content'] }}\n"
+    "{% endif %}{% endfor %}"
+)
+INSTRUCTED = {"completion": [{"role": "assistant", "content": "positive"}]}
+
+
+@pytest.mark.parametrize("at", [0, 2])
+def test_a_row_with_an_instruction_that_the_template_drops_is_refused(at):
+    encoder = RowEncoder(chatty(KNOWS_SYSTEM), 64)
+    for role, taken in (("developer", False), ("system", True), ("developer", False)):  # the last from the cache
+        prompt = [*TURNS[1:]]
+        prompt.insert(at, {"role": role, "content": "the plot"})
+        for encode in (encoder.encode, lambda row: encoder.prompts([row])):
+            if taken:
+                encode({"prompt": prompt, **INSTRUCTED})
+                continue
+            with pytest.raises(ValueError, match="leaves out messages of the role 'developer', and a row has one"):
+                encode({"prompt": prompt, **INSTRUCTED})
+
+
+def test_a_template_that_renders_every_role_takes_rows_with_each():
+    encoder = RowEncoder(chatty(), 64)
+    prompt = [{"role": role, "content": "the plot"} for role in ("system", "developer", "tool", "user")]
+    assert encoder.tokenizer.decode(encoder.encode({"prompt": prompt, **INSTRUCTED}).prompt_ids).count("the plot") == 4

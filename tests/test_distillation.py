@@ -177,6 +177,13 @@ def test_data_length_and_loss_are_checked(tmp_path):
     combine(build("llama"), folders, reference_dir=None, digest_key=None, **training(tmp_path, max_steps=1))
 
 
+def test_an_upload_of_the_training_s_checkpoints_is_refused_first(tmp_path):
+    given = training(tmp_path)
+    given["args"].push_to_hub = True
+    with pytest.raises(ValueError, match=r"push_to_hub would upload the checkpoints of a training.*its push_to_hub"):
+        combine("no base is loaded", ["a"], **given)
+
+
 def test_a_base_is_as_before_where_combining_fails(tmp_path):
     given, folders = training(tmp_path), save_three(tmp_path)
     damaged = folders[2] / "adapter_model.safetensors"

@@ -51,18 +51,14 @@ def run(options: CombineArguments) -> int | None:
     from ..data.collator import ForgetRetainCollator
     from ..data.dataset import forget_retain_dataset
     from ..losses.unlearning_loss import UnlearningLoss
-    from ..training.distillation import combine
+    from ..training.distillation import check_no_upload, combine
 
     check(options)
     if options.resume_from_checkpoint is not None:
         raise ValueError(
             f"resume_from_checkpoint={options.resume_from_checkpoint!r}: combining is not resumed; leave it out."
         )
-    if options.push_to_hub:
-        raise ValueError(
-            "push_to_hub would upload the checkpoints of a training, from which the new prompt is only made; leave it "
-            f"out, and upload the folder afterwards: hf upload REPOSITORY {options.output_dir}."
-        )
+    check_no_upload(options)
     for folder, others in prompts_left_out(options.prompts).items():
         raise ValueError(f"{folder} also holds the prompts {others}, which would be left out: name each one's folder.")
     own: dict[str, Any] = {}

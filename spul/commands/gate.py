@@ -215,16 +215,14 @@ def check(options: CheckOptions) -> int | None:
         FileNotFoundError: if a file is missing.
         ValueError: if there are no requests, or the gate is damaged.
     """
-    from ..gates.any_gate import load
-    from ..gates.files import read_gate
+    from ..gates.any_gate import load, needs_base
 
     check_texts(options)
     source = _Source(options, "prompt" if options.column is None else options.column)
     texts = [*(options.texts or ()), *(source.texts(options.file) or ())]
     where = _gate_folder(options.adapter_name)
     _check_together(options)
-    needs_base = read_gate(options.adapter, subfolder=where).kind not in ("names", "text")
-    own = (source.base(), source.tokenizer()) if needs_base else ()
+    own = (source.base(), source.tokenizer()) if needs_base(options.adapter, subfolder=where) else ()
     gate = load(options.adapter, *own, subfolder=where)
     for text, flag in zip(texts, gate.flags(texts), strict=True):
         print(f"{'flagged' if flag else 'passed'}\t{printable(text)}")

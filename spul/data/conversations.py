@@ -17,6 +17,7 @@ from .rows import completion_text, shortened
 MARK = "answer"
 # Messages that differ from their first character on, to see where a chat template puts a message, and whether it does.
 MARKS = ("a", "z")
+INSTRUCTING = ("system", "developer")  # roles of which a chat template may know one alone
 
 Cached = Callable[[Hashable, Callable[[], Sequence[int]]], list[int]]
 """Numbers by key, computed by a function unless they are cached."""
@@ -127,6 +128,30 @@ def leaves_out(tokenizer: Any, role: str) -> bool:
     except ValueError:
         return False
     return bool(first == other)
+
+
+def check_instructions(tokenizer: Any, prompt: list, cached: Cached) -> None:
+    """Raise if a chat template drops the system or developer message of a conversation in silence.
+
+    Args:
+        tokenizer: has the chat template.
+        prompt: messages.
+        cached: keeps what was found of each role.
+
+    Raises:
+        ValueError: if it does.
+    """
+
+    def dropped(role: str) -> bool:
+        key = (str(tokenizer.chat_template), role, MARKS)
+        return role in INSTRUCTING and cached(key, lambda: [int(leaves_out(tokenizer, role))]) == [1]
+
+    if left_out := next((role for role in sorted({str(one["role"]) for one in prompt}) if dropped(role)), None):
+        raise ValueError(
+            f"the chat template leaves out messages of the role {left_out!r}, and a row has one: "
+            f"{shortened(repr(prompt))}. Move its text to a role that the tokenizer's chat_template renders, or into "
+            "the first user message."
+        )
 
 
 def last_user_message(prompt: Sequence[Mapping[str, Any]]) -> int | None:

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from ..losses.terms import IGNORE_INDEX
 from ..records.fields import check_prompt_position
 from .checks import checked_flag, checked_row_id, whole_number
-from .conversations import conversation_ids, conversation_prompt_ids, message_start
+from .conversations import check_instructions, conversation_ids, conversation_prompt_ids, message_start
 from .encoded import Encoded, EncodedPrompt, left_padded, position_column, token_at
 from .row_checks import check_is_row, check_texts, ending_of, position_of, row_name, split_tokenized
 from .rows import shortened
@@ -250,6 +250,7 @@ class RowEncoder(TextEncoder):
     def _prompt(self, row: Mapping[str, Any]) -> EncodedPrompt:
         """The prompt of a row of texts or messages, before it is shortened."""
         if not isinstance(row["prompt"], str):
+            check_instructions(self.tokenizer, row["prompt"], self._cached)
             ids = conversation_prompt_ids(self.tokenizer, row["prompt"], self._cached)
             at_message = self.prompt_position == "message"
             start = message_start(self.tokenizer, row["prompt"], self._cached) if at_message else None

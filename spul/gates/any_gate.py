@@ -94,17 +94,8 @@ class AnyGate(Gate):
             FileNotFoundError: if one of its gates is missing.
             ValueError: if one is damaged, or was saved at another time than the others.
         """
-        saved.check(
-            {
-                "gates_sha256": (lambda value: isinstance(value, list) and value != [], "a digest for each gate"),
-                "threshold": (lambda value: value == cls.threshold, f"{cls.threshold}"),
-            }
-        )
-        if depth == DEEPEST:
-            raise ValueError(f"{saved.path} holds gates within gates within gates, {DEEPEST} deep; expected fewer.")
         gates = []
-        for i, saved_digest in enumerate(saved.fields["gates_sha256"]):
-            hub = {**saved.hub, "subfolder": str(PurePosixPath(saved.hub.get("subfolder") or "", str(i)))}
+        for hub, saved_digest in _within(saved, depth):
             path = find_file(saved.folder, SETTINGS_NAME, **hub)
             if path is not None and file_digest(path) != saved_digest:
                 raise ValueError(
@@ -139,6 +130,38 @@ def load(folder: str | os.PathLike, model: Any = None, tokenizer: Any = None, **
             tokenizer, or was fit on another base or tokenizer.
     """
     return _load(folder, model, tokenizer, 0, hub)
+
+
+def needs_base(folder: str | os.PathLike, depth: int = 0, **hub: Any) -> bool:
+    """Whether a saved gate, or one within it, needs the base, as a `StateGate` does.
+
+    Args:
+        folder: as in `load`.
+        depth: how many gates it stands within.
+        hub: as in `load`.
+
+    Raises:
+        FileNotFoundError: if a gate's settings are missing.
+        ValueError: if they are damaged, or of a later version.
+    """
+    saved = read_gate(folder, **hub)
+    if saved.kind != AnyGate.kind:
+        return bool(saved.kind == StateGate.kind)
+    return any(needs_base(folder, depth + 1, **inner) for inner, _ in _within(saved, depth))
+
+
+def _within(saved: SavedGate, depth: int) -> list[tuple[dict[str, Any], str]]:
+    """Where the gates of a saved `AnyGate` are, as arguments of the Hub's, and the digest saved of each."""
+    saved.check(
+        {
+            "gates_sha256": (lambda value: isinstance(value, list) and value != [], "a digest for each gate"),
+            "threshold": (lambda value: value == AnyGate.threshold, f"{AnyGate.threshold}"),
+        }
+    )
+    if depth == DEEPEST:
+        raise ValueError(f"{saved.path} holds gates within gates within gates, {DEEPEST} deep; expected fewer.")
+    top = PurePosixPath(saved.hub.get("subfolder") or "")
+    return [({**saved.hub, "subfolder": str(top / str(i))}, one) for i, one in enumerate(saved.fields["gates_sha256"])]
 
 
 def _load(folder: str | os.PathLike, model: Any, tokenizer: Any, depth: int, hub: dict[str, Any]) -> Gate:

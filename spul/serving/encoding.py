@@ -7,11 +7,11 @@ import dataclasses
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
-from ..data.conversations import conversation_prompt_ids, leaves_out, message_start
+from ..data.conversations import INSTRUCTING, conversation_prompt_ids, leaves_out, message_start
 from ..models.causal_lm import max_positions
 from .engine import Job
 from .errors import ApiError, too_long
-from .requests import INSTRUCTING, ChatRequest, Limits
+from .requests import ChatRequest, Limits
 from .served import ServedPrompts
 
 

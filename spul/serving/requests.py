@@ -38,8 +38,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "store": (False,),
     "metadata": ({},),
 }
-INSTRUCTING = ("system", "developer")  # roles of which a chat template may know one alone
-_ROLES = (*INSTRUCTING, "user", "assistant")
+_ROLES = ("system", "developer", "user", "assistant")
 
 
 @dataclass(frozen=True)

@@ -78,13 +78,14 @@ def combine(
     Raises:
         ValueError: for no prompt or the same one twice; for prefix tuning among other kinds; for prompts of different
             positions; for more virtual tokens than the prompts have together; for arguments that are of no effect on
-            rows without `is_forget`, such as `loss`.
+            rows without `is_forget`, such as `loss`; for `push_to_hub` in `args`.
         TypeError: for an adapter that is no soft prompt, a base that has an adapter, a single path instead of a list,
             or rows that are no `datasets.Dataset`.
 
     Warns:
         UserWarning: if a prompt was trained on other weights than this base has.
     """
+    check_no_upload(args)
     check_rows(train_dataset, columns=(), name="train_dataset")
     checked_collator(data_collator, "data_collator")
     if isinstance(prompts, (str, os.PathLike)) or not isinstance(prompts, Iterable):
@@ -130,6 +131,16 @@ def combine(
             virtual_tokens(combined).copy_(virtual_tokens(student))
         combined.spul_configs[combined.active_adapter] = record
         return combined.eval()
+
+
+def check_no_upload(args: TrainingArguments) -> None:
+    """Raise if the training would upload its checkpoints, from which the new prompt is only made."""
+    if args.push_to_hub:
+        raise ValueError(
+            "push_to_hub would upload the checkpoints of a training, from which the new prompt is only made; leave it "
+            "out, and upload the new prompt afterwards, by its push_to_hub, or the folder that it was saved into: hf "
+            "upload REPOSITORY FOLDER."
+        )
 
 
 # ---- prompts ----
