@@ -233,9 +233,10 @@ def test_the_table_of_ten_authors_has_the_numbers_of_its_lines(examples):
     for name, *values in rows:
         full, _, stage = name.replace(" requests", "").partition(", ")
         full = f"{full} behind gates" if full in ("refusals", "prompts") else full
-        *numbers, _, as_base = found[full, stages.get(stage, "none")]  # nobody else is declined
-        assert values == [*numbers, as_base], name
-    assert len(rows) == 9
+        if full == "LoRA":
+            full, stage = "LoRA, trained anew each time", stage.removeprefix("trained anew each time, ")
+        assert values == found[full, stages.get(stage, "none")], name
+    assert len(rows) == 11
 
     def not_declined(line):
         return [
@@ -251,8 +252,10 @@ def test_the_table_of_ten_authors_has_the_numbers_of_its_lines(examples):
     assert sum(name in answer for name, answer in passed) == 5
     assert NameGate(AUTHORS).flags([answer for _, answer in passed]).sum() == 6
 
-    (ten,) = (one for one in second if one["after"] == "10 added")
+    ten, trained = (one for one in second if one["after"] == "10 added")
     assert sum(one not in passed for one in not_declined(ten)) == 190 - 177
+    shares = {name: np.mean(trained["scores"][name]["declined"]) for name in ("real_authors", "world_facts", "retain")}
+    assert shares == {"real_authors": 1, "world_facts": 0.6, "retain": 0.3}
 
 
 # ---- TOFU ----
