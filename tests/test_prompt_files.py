@@ -87,6 +87,11 @@ def test_other_columns_become_prompts_through_a_format(tmp_path):
         read_prompts(path, QUESTION_ANSWER)
 
 
+def test_templates_write_the_whole_numbers_beside_fractions_as_the_file_does(tmp_path):
+    path = write(tmp_path / "qa.jsonl", [{"question": "How many?", "answer": one} for one in (3, 1.8)])
+    assert read_prompts(path, QUESTION_ANSWER)["completion"][:] == [" 3", " 1.8"]
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [

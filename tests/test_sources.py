@@ -96,6 +96,35 @@ def test_values_of_a_csv_are_texts_unless_python_writes_them_as_the_file_does(wr
     assert read_file(tmp_path / "x.csv")["a"][:] == found
 
 
+@pytest.mark.parametrize(
+    ("written", "found"),
+    [
+        (["3", "-7"], [3, -7]),
+        (["0.5", "2.0", "null"], [0.5, 2.0, None]),
+        (["true", "false", "null"], [True, False, None]),
+        (["3", "1.8", "null"], ["3", "1.8", None]),
+        (["1.8", "9007199254740993"], ["1.8", "9007199254740993"]),  # 2**53 + 1, which is no float
+        (["[1, 2.5]", "[]"], [["1", "2.5"], []]),
+        (["[1]", "[2.5, null]"], [["1"], ["2.5", None]]),
+        (["[0.5]", "[2.5]"], [[0.5], [2.5]]),
+    ],
+)
+@pytest.mark.parametrize("name", ["x.json", "x.jsonl"])
+def test_whole_numbers_and_fractions_in_one_column_of_json_are_texts(written, found, name, tmp_path):
+    rows = [f'{{"id": "x", "a": {one}}}' for one in written]
+    (tmp_path / name).write_text("\n".join(rows) if name == "x.jsonl" else f"[{', '.join(rows)}]")
+    column = read_file(tmp_path / name)["a"][:]
+    assert column == found
+    assert [type(one) for one in column] == [type(one) for one in found]
+
+
+@pytest.mark.parametrize("written", [["1.5", "true"], ["true", "3"], ["[1.5]", "[true]"]])
+def test_booleans_and_numbers_in_one_column_of_json_are_an_error_with_the_row(written, tmp_path):
+    (tmp_path / "x.jsonl").write_text("".join(f'{{"a": {one}}}\n' for one in written))
+    with pytest.raises(ValueError, match=r"x\.jsonl, row 2: a is \[?(True|3)\]?; expected either numbers or true and"):
+        read_file(tmp_path / "x.jsonl")
+
+
 def test_a_column_is_forget_of_a_csv_is_read_in_any_case(tmp_path):
     (tmp_path / "x.csv").write_text("a,is_forget\nx,true\ny,FALSE\n")
     assert read_file(tmp_path / "x.csv")["is_forget"][:] == [True, False]

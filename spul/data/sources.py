@@ -45,6 +45,7 @@ def read_file(path: str | os.PathLike[str], columns: Sequence[str] = ()) -> Data
 
     The extension sets the type. A `.tsv` file has a header and no quoting; all its values are text. A column of a
     `.csv` has numbers, booleans or dates where Python writes them as the file does, as 7 and not 007, and else texts.
+    A column of JSON with both whole numbers and fractions has them as texts, so that 3 does not become 3.0.
 
     Args:
         path: path of the file.
@@ -53,7 +54,7 @@ def read_file(path: str | os.PathLike[str], columns: Sequence[str] = ()) -> Data
     Raises:
         FileNotFoundError: if there is no such file; the message lists its folder.
         ValueError: if the ending is another one, the file has no rows, a row has other columns than the first, a
-            column is missing, or two have one name.
+            column is missing or has values of several types, or two have one name.
     """
     path = Path(path)
     check_is_file(path)
@@ -183,7 +184,42 @@ def _from_rows(found: Iterator[Any], path: Path) -> Dataset:
             raise ValueError(
                 f"{path}, row {number}: found {sorted(row)}; expected the columns of the first row: {rows[0]}."
             )
+    for name in rows[0] if rows else ():
+        _keep_numbers(rows, name, path)
     return Dataset.from_list(rows)
+
+
+def _keep_numbers(rows: list[dict[str, Any]], name: str, path: Path) -> None:
+    """Make a column's numbers texts where they are of two types: Arrow reads 3 beside 1.8 as 3.0, true as 1.0."""
+    first: dict[type, int] = {}  # the first row with a number of each type
+    for number, row in enumerate(rows, start=1):
+        for one in _numbers(row[name]):
+            first.setdefault(type(one), number)
+    if bool in first and len(first) > 1:
+        number = max(first.values())
+        raise ValueError(
+            f"{path}, row {number}: {name} is {shortened(repr(rows[number - 1][name]))}; expected either numbers or "
+            "true and false in all rows. Write texts for both."
+        )
+    if len(first) > 1:
+        for row in rows:
+            row[name] = _with_texts(row[name])
+
+
+def _numbers(value: Any) -> Iterator[Any]:
+    """Numbers and booleans of a value, and of the lists in it."""
+    if isinstance(value, list):
+        for one in value:
+            yield from _numbers(one)
+    elif isinstance(value, (int, float)):
+        yield value
+
+
+def _with_texts(value: Any) -> Any:
+    """A value with texts for its numbers."""
+    if isinstance(value, list):
+        return [_with_texts(one) for one in value]
+    return str(value) if isinstance(value, (int, float)) else value
 
 
 def _with_columns(rows: Dataset, columns: Sequence[str], where: str) -> Dataset:
