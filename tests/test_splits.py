@@ -75,6 +75,8 @@ def test_names_match_as_whole_words_in_any_case_and_spacing(names, expected):
         ("राम", "यह राम है", "रामू किराम"),  # vowel signs belong to the word
         ("O'Brien", "o'brien's", "brien o'"),
         ("J.Lo", "with j.lo.", "with jxlo"),
+        *(("O'Brien", f"by o{sign}brien", f"brien o{sign}") for sign in "\u2019\u2018\u02bc\u00b4`"),
+        *(("Anne\u2010Marie", f"anne{sign}marie", "anne marie") for sign in "-\u2011\u2012\u2013"),
     ],
 )
 def test_names_match_in_any_script(name, there, elsewhere):
@@ -119,6 +121,9 @@ def test_a_recognizer_alone_forgets_all_that_it_finds():
         "Steven Spielberg": 1, "Jackie Chan": 1, "Adam Sandler": 1, "Bond": 1, "James Bond": 1
     }  # fmt: skip
     assert "5 in all" in split.report.rule
+    typed_and_typeset = data(["by O'Brien", "by O\u2019Brien", "by nobody"])
+    split = split_by_entity(typed_and_typeset, recognizer=capitalized)
+    assert split.report.groups == {"O'Brien": 2}
 
 
 def test_names_are_drawn_from_the_recognizers_by_the_seed():

@@ -23,6 +23,10 @@ UNSPACED = (
 KATAKANA = "\u30a1-\u30fa\u30fc-\u30ff\u31f0-\u31ff\uff66-\uff9f"
 WORD = rf"(?:[{KATAKANA}]+|(?=\w)[{UNSPACED}]|[^\W{UNSPACED}{KATAKANA}]+)"
 """A word, as a regular expression."""
+# What phones and typesetters write for an apostrophe and a hyphen.
+TYPESET = str.maketrans(
+    {**dict.fromkeys("\u2019\u2018\u02bc\u00b4`", "'"), **dict.fromkeys("\u2010\u2011\u2012\u2013", "-")}
+)
 _KINDS = re.compile(f"([{UNSPACED}])|([{KATAKANA}])")
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm.auto import tqdm
 
 from . import characters
-from .characters import begins_after, ends_before, normal_form
+from .characters import TYPESET, begins_after, ends_before, normal_form
 from .checks import checked_texts
 
 if TYPE_CHECKING:
@@ -213,6 +213,8 @@ def recognize(recognizer: Callable[[Sequence[str]], list[list[str]]], texts: lis
 class NameFinder:
     """Search for certain names in texts: whole words, in any letter case and with any white space.
 
+    Apostrophes and hyphens match as typed and as typeset: *O'Neill* also finds *O\u2019Neill*.
+
     Where a script writes no spaces between words, as Chinese, or none before endings, as Korean, each character is a
     word: a name is found wherever its characters stand, also within a longer one.
 
@@ -221,17 +223,19 @@ class NameFinder:
 
     Args:
         names: the names.
+        typeset: whether apostrophes and hyphens of either kind match each other.
 
     Source: Aho and Corasick, *Efficient String Matching*, https://doi.org/10.1145/360825.360855
     """
 
-    def __init__(self, names: Sequence[str]) -> None:
+    def __init__(self, names: Sequence[str], typeset: bool = True) -> None:
+        self.typeset = typeset
         self.spelled: dict[str, str] = {}
         # A state for each beginning of a name. The state of a text is the longest of them that it ends with.
         self._next: list[dict[str, int]] = [{}]
         self._ended: dict[int, tuple[str, int]] = {}  # the name that a state completes, and its number of pieces
         for name in names:
-            normal = normalized_name(name)
+            normal = normalized_name(name, typeset)
             if normal not in self.spelled:
                 self.spelled[normal] = name
                 self._add(name, PIECE.findall(normal))
@@ -247,9 +251,9 @@ class NameFinder:
             present: Sequence[Any] = text.lower().encode().translate(SIGNS_AS_SPACES).split()
             if any(ends.isdisjoint(present) for ends in self._encoded_ends):
                 return set()
-            text = normalized_name(text)
+            text = normalized_name(text, self.typeset)
         else:
-            text = normalized_name(text)
+            text = normalized_name(text, self.typeset)
             present = WORD.findall(text)
             if any(ends.isdisjoint(present) for ends in self._ends):
                 return set()
@@ -305,8 +309,14 @@ class NameFinder:
         return self._next[state].get(piece, 0)
 
 
-def normalized_name(text: str) -> str:
-    """A name or text for comparison: letter case, white space and the encoding of accents do not count."""
+def normalized_name(text: str, typeset: bool = False) -> str:
+    """A name or text for comparison: letter case, white space and the encoding of accents do not count.
+
+    Args:
+        text: the name or text.
+        typeset: whether apostrophes and hyphens become those of a keyboard.
+    """
+    text = text.translate(TYPESET) if typeset else text
     text = normal_form("NFC", normal_form("NFC", text).casefold())
     return " ".join(text.split())
 

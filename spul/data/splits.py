@@ -132,8 +132,8 @@ def split_by_entity(
 
 def _found_names(found: Sequence[Sequence[str]], num: int | None, seed: int) -> tuple[list[str], str]:
     """The different names of all texts, or some that are drawn from them, and what a rule says of them."""
-    different = sorted({normalized_name(name): name for spans in reversed(found) for name in spans}.items())
-    names = [name for _, name in different]
+    different = {normalized_name(name, typeset=True): name for spans in reversed(found) for name in spans}
+    names = [name for _, name in sorted(different.items())]
     if num is None:
         return names, f"a name, of {len(names)} in all"
     if num > len(names):

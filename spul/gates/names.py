@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from ..data.characters import TYPESET
 from ..data.checks import checked_names, checked_texts
 from ..data.recognizers import WORD as SPELLED
 from ..data.recognizers import NameFinder, normalized_name
@@ -48,10 +49,6 @@ LEAST_JOINED, LEAST_IN_JOINED = 4, 6
 ONE_EDIT, TWO_EDITS, LEAST_ALONE = 4, 9, 5
 # Letters of the shortest word that may have an edit where none may.
 NO_EDIT = sys.maxsize
-# What phones and typesetters write for an apostrophe and a hyphen.
-SIGNS = str.maketrans(
-    {**dict.fromkeys("\u2019\u2018\u02bc\u00b4`", "'"), **dict.fromkeys("\u2010\u2011\u2012\u2013", "-")}
-)
 
 
 class NameGate(Gate):
@@ -115,7 +112,7 @@ class NameGate(Gate):
         # Both as given and in compatible characters: "Jane\u2122" holds the name only before it becomes "JaneTM".
         self._owners = {**owners, **{normalized_name(one): name for one, name in spellings}}
         for one, name in spellings:  # "O\u2019Neill" is also found where a text has "O'Neill"
-            self._owners.setdefault(_key(one.translate(SIGNS)), name)
+            self._owners.setdefault(_key(one.translate(TYPESET)), name)
         if spelling_rules > 3:  # "Zo\u00eb" is also "Zoe", but "Ros\u00e9" is no "rose"
             for one, name in list(self._owners.items()):
                 if (plain := without_accents(one)) not in common_words():
@@ -135,14 +132,14 @@ class NameGate(Gate):
                     self._owners.setdefault(whole, name)
             in_names = dict.fromkeys(chain.from_iterable(map(SPELLED.findall, self._owners)), 0.0)
             self._pieces = Spelling(in_names, NO_EDIT, NO_EDIT, spelling_rules, True, LEAST_IN_JOINED)
-        self._finder = NameFinder(list(self._owners))
+        self._finder = NameFinder(list(self._owners), typeset=False)  # what is typeset is among them, and the readings
         # Names that also match misspelled, between their first word and their last, and their words.
         self._misspelled: dict[str, tuple[str, list[str]]] = {}
         for one in self._owners:
             words = SPELLED.findall(one) if spelling and (" " in one or num_letters(one) >= LEAST_ALONE) else []
             if any(num_letters(word) >= ONE_EDIT for word in words):  # in some scripts a character is a word
                 core = one[one.index(words[0]) : one.rindex(words[-1]) + len(words[-1])]
-                self._misspelled[one] = core.translate(SIGNS), words
+                self._misspelled[one] = core.translate(TYPESET), words
         known = dict.fromkeys((word for _, words in self._misspelled.values() for word in words), 0.0)
         self._speller = Spelling(known, ONE_EDIT, TWO_EDITS)
         self._common = common_words() if self._misspelled and spelling_rules > 2 else frozenset()
@@ -192,7 +189,7 @@ class NameGate(Gate):
     def _found(self, text: str) -> list[str]:
         found = self._finder.find(text)
         read, words = without_disguises(text)
-        readings = {text.translate(SIGNS), read.translate(SIGNS)}
+        readings = {text.translate(TYPESET), read.translate(TYPESET)}
         if not text.isascii() or readings != {text}:
             found = found.union(*map(self._finder.find, map(compatible, {text, read, *readings})))
         if self._pieces is not None:
