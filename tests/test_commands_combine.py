@@ -62,7 +62,13 @@ def test_prompts_are_combined_on_other_inputs(files, prompts, tmp_path):
     assert len(found.spul_config.combined_from) == 2
 
 
-@pytest.mark.parametrize("more", [{"forget_fraction": 0.5}, {"reference_dir": "x"}, {"digest_key": "key"}])
+@pytest.mark.parametrize(
+    "more",
+    [
+        *({name: 0.25} for name in ("alpha", "beta", "forget_fraction")),
+        *({"reference": "live"}, {"reference_dir": "x"}, {"digest_key": "key"}),
+    ],
+)
 def test_options_that_have_no_effect_on_inputs_are_refused(files, prompts, tmp_path, more):
     with pytest.raises(ValueError, match=f"{flags(more)[0]}: of no effect on inputs"):
         combined(files, prompts, tmp_path, inputs=files["test_forget"], **more)

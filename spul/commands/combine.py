@@ -29,10 +29,8 @@ def check(options: CombineOptions) -> None:
     if is_marked and options.generic is None:
         raise ValueError("forget rows are trained to generic answers; give some: --generic ' neutral' ' unknown'.")
     if not is_marked:
-        marked = ("forget_fraction", "reference_dir", "digest_key")
-        given = [name for name in marked if getattr(options, name) is not None]
-        given += ["rewritten"] if options.rewritten else []
-        if given:
+        marked = ("alpha", "beta", "forget_fraction", "reference", "reference_dir", "digest_key", "rewritten")
+        if given := [name for name in marked if getattr(options, name) != getattr(CombineOptions, name)]:
             flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
             raise ValueError(f"{flags}: of no effect on inputs, only on forget and retain; leave it out.")
     check_rewritten(options)
