@@ -152,6 +152,14 @@ def test_a_folder_that_cannot_be_made_is_refused_before_it_is_needed(tmp_path):
     check_can_hold(tmp_path / "link" / "out")
 
 
+def test_an_empty_mount_point_is_refused_before_it_would_be_replaced(tmp_path, monkeypatch):
+    (tmp_path / "mounted").mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: path == tmp_path / "mounted")
+    with pytest.raises(FileExistsError, match=r"mounted' is a mount point.*; name a folder in it, such as .*ed/spul"):
+        check_new_folder(tmp_path / "mounted")
+    assert check_new_folder(tmp_path / "mounted" / "spul") == tmp_path / "mounted" / "spul"
+
+
 def test_a_missing_folder_is_created(tmp_path):
     with atomic_folder(tmp_path / "new" / "one") as scratch:
         (scratch / "a").write_text("a")

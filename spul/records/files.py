@@ -117,7 +117,7 @@ def check_new_folder(folder: str | os.PathLike) -> Path:
         folder: its path.
 
     Raises:
-        FileExistsError: if it is a file, or a folder with files in it, or would stand in a file.
+        FileExistsError: if it is a file, a folder with files in it or a mount point, or would stand in a file.
         PermissionError: if the folder that it stands in may not be written to.
         ValueError: if the path is empty.
     """
@@ -127,6 +127,11 @@ def check_new_folder(folder: str | os.PathLike) -> Path:
         what = "a folder with files in it" if target.is_dir() else "a file"
         raise FileExistsError(
             f"{str(folder)!r} is {what}; expected a new or empty folder, since it is written as a whole."
+        )
+    if os.path.ismount(target):
+        raise FileExistsError(
+            f"{str(folder)!r} is a mount point, which cannot be replaced as a whole; name a folder in it, such as "
+            f"{str(Path(folder, 'spul'))!r}."
         )
     check_can_hold(target.parent)
     return Path(folder)
