@@ -11,7 +11,7 @@ from command_files import parsed, write_base, write_prompt, write_rows
 from helpers import build, build_unlearner, lora, make_tokenizer
 from transformers import AutoTokenizer
 
-from spul.commands.gate import COMMANDS, check, fit
+from spul.commands.gate import COMMANDS, check, check_fit, check_texts, fit
 from spul.commands.options import parse
 from spul.gates import AnyGate, GatedUnlearner, NameGate, StateGate, TextGate, load
 from spul.gates.gate import request_texts
@@ -184,6 +184,18 @@ def test_requests_of_one_side_are_refused(folder):
         check(parsed("gate", {"adapter": folder / "adapter"}, "check"))
     with pytest.raises(ValueError, match="column='completion' is given without a file of requests"):
         check(parsed("gate", {"adapter": folder / "adapter", "texts": ["a"], "column": "completion"}, "check"))
+
+
+def test_a_column_of_files_that_are_all_lines_of_text_is_refused(folder, tmp_path):
+    for name in ("forget", "retain"):
+        (tmp_path / f"{name}.txt").write_text(f"{name}\n")
+    lines, values = {name: str(tmp_path / f"{name}.txt") for name in ("forget", "retain")}, {"column": "prompt"}
+    message = r"column='prompt' is of no effect on lines of text \(.*\.txt\); leave it out, or give files of rows"
+    with pytest.raises(ValueError, match=message):
+        check_fit(parsed("gate", options_for(folder, kind="text", **lines, **values), "fit"))
+    with pytest.raises(ValueError, match=message):
+        check_texts(parsed("gate", {"adapter": folder / "adapter", "file": lines["forget"], **values}, "check"))
+    check_fit(parsed("gate", options_for(folder, kind="text", forget=lines["forget"], **values), "fit"))
 
 
 # ---- a gate beside a prompt ----

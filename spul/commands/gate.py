@@ -87,6 +87,17 @@ def check_fit(options: FitOptions) -> None:
             "no base is given; expected the base, by name or folder: --model BASE. A gate of states reads its states."
         )
     check_files(options, "forget", "retain", "paraphrases")
+    _check_column(options.column, options.forget, options.retain, options.paraphrases)
+
+
+def _check_column(column: str | None, *files: str | None) -> None:
+    """Raise for a column where all files, if there are any, are lines of text."""
+    given = [file for file in files if file is not None]
+    if column is not None and given and all(file.endswith(".txt") for file in given):
+        raise ValueError(
+            f"column={column!r} is of no effect on lines of text ({', '.join(given)}); leave it out, or give files of "
+            "rows."
+        )
 
 
 def _check_names(options: FitOptions) -> None:
@@ -199,13 +210,14 @@ def check_texts(options: CheckOptions) -> None:
 
     Raises:
         FileNotFoundError: if the file is missing.
-        ValueError: if there are no requests, or a column without a file.
+        ValueError: if there are no requests, or a column without a file that has some.
     """
     if not options.texts and options.file is None:
         raise ValueError("there is nothing to check; give texts, or a file of them.")
     if options.column is not None and options.file is None:
         raise ValueError(f"column={options.column!r} is given without a file of requests; give it as well: --file.")
     check_files(options, "file")
+    _check_column(options.column, options.file)
 
 
 def check(options: CheckOptions) -> int | None:
