@@ -9,9 +9,10 @@ import pytest
 import torch
 from datasets import Dataset
 from helpers import SMALL_LAYERS, build, make_tokenizer, stirred
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from spul import ForgetRetainCollator, UnlearningLayers, UnlearningLayersConfig, fuse
-from spul.layers import gather_inputs
+from spul.layers import fusion, gather_inputs
 from spul.records.digests import DataSummary
 
 WORDS = ["the", "review", "is", "of", "film", "good", "bad", "plot", "about", "jane", "doe", "text"]
@@ -243,6 +244,17 @@ def test_a_set_in_memory_fuses_with_a_folder_also_with_named_modules(tmp_path):
         parts.append(layers)
     parts[0].save_pretrained(tmp_path)
     assert fuse([tmp_path, parts[1]]).num_requests == 2
+
+
+def test_sets_in_memory_elsewhere_are_compared_with_folders_on_the_cpu():
+    layers = trained(1)
+    with FakeTensorMode():  # of a device that need not be there
+        weight = torch.nn.Parameter(torch.empty(2, device="cuda:0"))
+        layers.layers_state = lambda: {"up.weight": weight}
+        layers.gram_matrices = {"up": torch.empty(2, 2, device="cuda:0")}
+        saved = fusion._saved(layers)
+    for tensor in (*saved.state.values(), *saved.gram_matrices.values()):
+        assert (tensor.device.type, tensor.requires_grad) == ("cpu", False)
 
 
 def test_the_record_names_the_requests_that_fused_layers_honor(tmp_path):

@@ -61,8 +61,12 @@ def save(layers: UnlearningLayers, save_directory: str | os.PathLike, with_gram_
 
 
 def _write(tensors: dict[str, Tensor], path: Path) -> None:
-    on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(on_cpu, path, metadata={"format": "pt"})
+    save_file(on_cpu(tensors), path, metadata={"format": "pt"})
+
+
+def on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors as a file has them: on the CPU, without gradients."""
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
 def push(

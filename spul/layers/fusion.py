@@ -188,8 +188,7 @@ def fuse(
         config=parts[0].config,
         state=_fused_state(parts, ridge),
         gram_matrices={
-            name: torch.stack([part.gram_matrices[name].cpu() for part in parts]).sum(0)
-            for name in parts[0].gram_matrices
+            name: torch.stack([part.gram_matrices[name] for part in parts]).sum(0) for name in parts[0].gram_matrices
         },
         num_requests=sum(part.num_requests for part in parts),
         spul_config=SpulConfig(
@@ -226,12 +225,13 @@ def _check_fusable(parts: Sequence[files.SavedLayers]) -> None:
 
 
 def _saved(layers: UnlearningLayers | str | os.PathLike) -> files.SavedLayers:
+    """The content of layers, on the CPU also if they are in memory elsewhere."""
     if not isinstance(layers, UnlearningLayers):
         return files.read(layers)
     return files.SavedLayers(
         layers.layers_config.to_dict(),
-        layers.layers_state(),
-        layers.gram_matrices,
+        files.on_cpu(layers.layers_state()),
+        files.on_cpu(layers.gram_matrices),
         layers.num_requests,
         layers.spul_config,
     )
@@ -241,7 +241,7 @@ def _fused_state(parts: Sequence[files.SavedLayers], ridge: float) -> dict[str, 
     state = dict(parts[0].state)  # weights that are not trained are the same in all parts
     requests = torch.tensor([part.num_requests for part in parts], dtype=torch.float64)
     for name in parts[0].gram_matrices:
-        grams = torch.stack([part.gram_matrices[name].double().cpu() for part in parts])
+        grams = torch.stack([part.gram_matrices[name].double() for part in parts])
         maps = torch.stack([_matrix(part.state, name) for part in parts])
         total = grams.sum(0)
         rho = ridge * total.diagonal().mean()
@@ -262,5 +262,5 @@ def _fused_state(parts: Sequence[files.SavedLayers], ridge: float) -> dict[str, 
 
 def _matrix(state: dict[str, Tensor], name: str) -> Tensor:
     """A projection with its bias as one matrix (inputs + 1, outputs)."""
-    weight, bias = (state[f"{name}.{kind}"].detach().double().cpu() for kind in ("weight", "bias"))
+    weight, bias = (state[f"{name}.{kind}"].double() for kind in ("weight", "bias"))
     return torch.cat([weight.T, bias[None]])
