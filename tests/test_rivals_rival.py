@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import threading
 
@@ -258,6 +259,16 @@ def test_those_that_do_not_stream_take_no_streamer(kind):
 def test_arguments_that_go_around_the_method_are_refused(kind, arguments, message):
     with pytest.raises(ValueError, match=message):
         rival(kind).generate(**tokens(TEXTS), **{**GREEDY, **arguments})
+
+
+def test_numbers_of_tokens_answers_and_beams_are_whole_and_1_or_more(kind):
+    model, batch = rival(kind), tokens(TEXTS[:1])
+    for name, value in itertools.product(("max_new_tokens", "num_return_sequences", "num_beams"), (0, -1, 2.5, True)):
+        config = GenerationConfig(max_new_tokens=5)
+        setattr(config, name, value)
+        for settings in ({**GREEDY, name: value}, {"generation_config": config}):
+            with pytest.raises(ValueError, match=f"{name}={value}; expected a whole number of 1 or more"):
+                model.generate(**batch, **settings)
 
 
 def test_without_a_mask_pad_tokens_are_pads_as_for_the_base(kind):

@@ -115,7 +115,7 @@ class FixedRefusal(GatedRival):
                 f"generate of a {type(self).__name__} takes no {', '.join(whole)}: flagged requests get a fixed "
                 "text, which does not follow it, and the others are another batch than the one given."
             )
-        times = max(self.setting("num_return_sequences", settings) or 1, 1)
+        times = self.setting("num_return_sequences", settings) or 1
         streamer, pad = settings.get("streamer"), self.pad_token(settings)
         if streamer is not None:
             self._check_stream(len(requests), times, settings)

@@ -20,7 +20,7 @@ from ..models.causal_lm import check_bare, check_no_layers, logits_at
 from ..models.protocol import Unlearner, drop_adapter_names
 from ..prompts.arguments import CACHES, check_no_empty_row, check_rows, mask_from_pads, named_arguments
 from ..prompts.pads import filled_pads, with_own_tokens
-from ..records.fields import Checks
+from ..records.fields import Checks, is_count
 from ..records.spul_config import without_local_path
 from .files import GATE_DIGEST, read_rival, write_rival
 
@@ -34,6 +34,8 @@ _REFUSED = (
     *("inputs_embeds", "position_ids", "cache_position", "assistant_model", "custom_generate", "streamer"),
     *("max_length", "return_dict_in_generate", *CACHES),
 )
+# Settings that a fixed text would follow where the base raises.
+_NUMBERS = ("max_new_tokens", "num_return_sequences", "num_beams")
 
 
 class Rival(nn.Module, Unlearner):
@@ -237,8 +239,9 @@ class Rival(nn.Module, Unlearner):
             (B * sequences per request, n + new tokens): the requests as given, and the new tokens.
 
         Raises:
-            ValueError: without `input_ids` or `max_new_tokens`, for arguments that would go around the method, for a
-                row without tokens, and for requests that are too long for the base with what the method adds.
+            ValueError: without `input_ids` or `max_new_tokens`, for numbers of tokens, answers or beams that are not
+                whole or below 1, for arguments that would go around the method, for a row without tokens, and for
+                requests that are too long for the base with what the method adds.
         """
         drop_adapter_names(kwargs)
         kwargs |= named_arguments(cast(Any, self.base_model).generate, args)
@@ -268,6 +271,9 @@ class Rival(nn.Module, Unlearner):
             raise ValueError(
                 f"generate of a {type(self).__name__} needs max_new_tokens, the number of tokens that it may add."
             )
+        for name in _NUMBERS:
+            if (value := self.setting(name, kwargs)) is not None and not is_count(value, least=1):
+                raise ValueError(f"{name}={value!r}; expected a whole number of 1 or more.")
 
     def setting(self, name: str, kwargs: dict[str, Any]) -> Any:
         """A setting of a call of `generate`: its argument, else that of the given config, else the base's own."""
