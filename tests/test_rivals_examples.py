@@ -79,6 +79,12 @@ def test_otherwise_those_most_like_the_request_stand_there():
     assert text_of(two, "good film :") == "jane good film : positive\njane plot : negative\ngood film :"
 
 
+def test_forget_rows_without_words_are_like_no_request_and_stand_in_order():
+    forget = Dataset.from_list([{"prompt": text, "completion": " positive"} for text in (": .", ".", "# #")])
+    retain = Dataset.from_list([{"prompt": "film :", "completion": " negative"}])
+    assert text_of(unlearning(forget, retain, num_retain=0), "the plot :") == ": . negative\nthe plot :"
+
+
 def test_a_label_of_more_than_two_becomes_one_of_the_others_by_the_seed():
     labels = [" positive", " negative", " neutral"]
     forget = Dataset.from_list([{"prompt": f"jane {i} :", "completion": labels[i % 3]} for i in range(9)])

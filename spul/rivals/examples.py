@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -204,6 +205,8 @@ def _nearest(texts: Sequence[str], num: int) -> Callable[[str], Sequence[int]]:
     """A function from a text to the indices of the `num` texts most like it, nearest first; equal ones in order."""
     from sklearn.feature_extraction.text import TfidfVectorizer  # takes a second to import
 
+    if not any(re.search(r"\w", text) for text in texts):  # of which it makes no vocabulary
+        return lambda text: range(num)
     vectorizer = TfidfVectorizer(token_pattern=r"\w+")
     vectors = vectorizer.fit_transform(texts)
 
