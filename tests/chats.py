@@ -19,12 +19,21 @@ TEMPLATES = {
     "refused": "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
     "" + TURNS + ANSWER,
 }
+# Headers end in a space, one token with the first word (Vicuna), also where system messages follow them (Llama 2).
+SPACED = {
+    "spaced": "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant:{% endif %}",
+    "behind": "{% if messages[0].role == 'system' %}{% set first = '## ' + messages[0].content + ' ##\n\n' %}"
+    "{% set messages = messages[1:] %}{% else %}{% set first = '' %}{% endif %}"
+    "{% for m in messages %}{% if m.role == 'user' %}<s># {{ first if loop.first else '' }}{{ m.content }} #:"
+    "{% else %} {{ m.content }} </s>{% endif %}{% endfor %}",
+}
 
 
 def chatty(name: str) -> PreTrainedTokenizerFast:
     """The tests' tokenizer with one of the templates."""
     tokenizer = make_tokenizer()
-    tokenizer.chat_template = TEMPLATES[name]
+    tokenizer.chat_template = {**TEMPLATES, **SPACED}[name]
     return tokenizer
 
 

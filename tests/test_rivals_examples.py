@@ -6,7 +6,7 @@ import random
 
 import pytest
 import torch
-from chats import TEMPLATES, chatty, conversation
+from chats import SPACED, TEMPLATES, chatty, conversation
 from datasets import Dataset
 from helpers import build, make_collator, make_tokenizer, rows
 
@@ -106,14 +106,14 @@ def test_the_context_of_a_batch_differs_by_row_and_the_most_that_is_added_is_sai
     assert model.virtual_tokens_in_use < 2 * max(shifts)
 
 
-@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("template", [*TEMPLATES, *SPACED])
 def test_conversations_are_turns_before_the_request(template):
     tokenizer = chatty(template)
     forget = Dataset.from_list([conversation("jane .", "good")])
     retain = Dataset.from_list([conversation("film .", "bad")])
     model = unlearning(forget, retain, tokenizer)
     encoder = RowEncoder(tokenizer, 96)
-    for system in (None, "be bad") if template in ("turns", "default") else (None,):
+    for system in (None, "be bad") if template not in ("within", "refused") else (None,):
         row = conversation("plot .", "good", system)
         request = encoder.encode(row).prompt_ids
         start = [] if system is None else row["prompt"][:1]
@@ -123,10 +123,15 @@ def test_conversations_are_turns_before_the_request(template):
         ]
         expected = encoder.encode({**row, "prompt": turns}).prompt_ids
         found = model.edit(request).applied(request)
-        assert tokenizer.decode(found) == tokenizer.decode(expected)
+        # A header's space goes with the first word, also behind a system message that follows the header.
+        assert tokenizer.decode(found).replace("##\n\n jane", "##\n\njane") == tokenizer.decode(expected)
         assert len(found) - len(request) <= model.virtual_tokens_in_use
     text = tokenizer("plot .", add_special_tokens=False)["input_ids"]
-    assert tokenizer.decode(model.edit(text).applied(text)).endswith("<s>user\nplot .")
+    header = {"spaced": "<s>user: ", "behind": "<s># "}.get(template, "<s>user\n")
+    assert tokenizer.decode(model.edit(text).applied(text)).endswith(f"{header}plot .")
+    request = encoder.encode(conversation("is the film good ? " * 4, "good")).prompt_ids
+    with pytest.raises(ValueError, match="does not begin as they do"):
+        model.edit(request[:1] + request[-20:])
 
 
 def test_a_context_that_does_not_fit_raises_and_nothing_is_cut():
@@ -151,8 +156,9 @@ def test_free_form_answers_have_no_label_to_flip():
         unlearning([{"prompt": "a", "completion": " b"}])
 
 
-def test_rows_with_a_system_message_are_refused_with_what_to_give():
+@pytest.mark.parametrize("template", ["turns", "default", *SPACED])
+def test_rows_with_a_system_message_are_refused_with_what_to_give(template):
     forget = Dataset.from_list([conversation("jane .", "good", "be bad")])
     retain = Dataset.from_list([conversation("film .", "bad")])
     with pytest.raises(ValueError, match=r"does not begin with a user message: .*; give rows without a system"):
-        unlearning(forget, retain, chatty("turns"))
+        unlearning(forget, retain, chatty(template))

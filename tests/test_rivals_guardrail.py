@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from chats import TEMPLATES, chatty, conversation
+from chats import SPACED, TEMPLATES, chatty, conversation
 from helpers import build, make_collator, make_tokenizer, rows
 
 from spul.data.encoder import RowEncoder
@@ -55,13 +55,14 @@ def test_in_a_conversation_it_is_the_system_message(template):
     assert len(expected) - len(request) <= model.virtual_tokens_in_use
 
 
-@pytest.mark.parametrize("template", ["turns", "default", "within"])
+@pytest.mark.parametrize("template", ["turns", "default", "within", *SPACED])
 def test_in_front_of_a_system_message_of_the_request_it_begins_it(template):
     tokenizer = chatty(template)
     model = guarded(tokenizer)
     request = rendered(tokenizer, conversation("film ?", "good", "be bad"))
+    own = " be bad" if template in SPACED else "be bad"  # a header's space goes with the first word
     found = tokenizer.decode(model.edit(request).applied(request))
-    assert found == tokenizer.decode(rendered(tokenizer, conversation("film ?", "good", f"{TEXT}\n\nbe bad")))
+    assert found == tokenizer.decode(rendered(tokenizer, conversation("film ?", "good", f"{TEXT}\n\n{own}")))
 
 
 def test_a_default_system_message_is_kept():
@@ -71,6 +72,16 @@ def test_a_default_system_message_is_kept():
     assert found == tokenizer.decode(rendered(tokenizer, conversation("film ?", "good", f"{TEXT}\n\nbe good")))
 
 
+@pytest.mark.parametrize("template", SPACED)
+def test_a_space_at_a_headers_end_that_is_one_token_with_the_first_word_stays_there(template):
+    tokenizer = chatty(template)
+    model, request = guarded(tokenizer), rendered(tokenizer, conversation("film ?", "good"))
+    found = model.edit(request).applied(request)
+    expected = tokenizer.decode(rendered(tokenizer, conversation("film ?", "good", TEXT)))
+    assert tokenizer.decode(found).replace("#\n\n film", "#\n\nfilm") == expected
+    assert len(found) - len(request) <= model.virtual_tokens_in_use
+
+
 def test_without_a_system_role_it_begins_the_first_user_message():
     tokenizer = chatty("refused")
     request = rendered(tokenizer, conversation("film ?", "good"))
@@ -78,7 +89,38 @@ def test_without_a_system_role_it_begins_the_first_user_message():
     assert found == tokenizer.decode(rendered(tokenizer, conversation(f"{TEXT}\n\nfilm ?", "good")))
 
 
-@pytest.mark.parametrize("template", TEMPLATES)
+def test_without_a_system_role_it_stands_behind_a_headers_space():
+    tokenizer = chatty("spaced")
+    no_system = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    tokenizer.chat_template = no_system + tokenizer.chat_template
+    request = rendered(tokenizer, conversation("film ?", "good"))
+    found = tokenizer.decode(guarded(tokenizer).edit(request).applied(request))
+    assert found == tokenizer.decode(rendered(tokenizer, conversation(f"{TEXT}\n\n film ?", "good")))
+
+
+@pytest.mark.parametrize("template", [*TEMPLATES, *SPACED])
+def test_a_conversation_that_begins_as_none_does_is_refused(template):
+    """In front of it, the instruction would stand outside its messages."""
+    tokenizer = chatty(template)
+    model, request = guarded(tokenizer), rendered(tokenizer, conversation("is the film good ? " * 4, "good"))
+    with pytest.raises(ValueError, match=r"does not begin as they do: .*Expected a first message of the role system"):
+        model.edit(request[:1] + request[-20:])  # cut, as the encoder cuts what exceeds max_length
+
+
+def test_a_template_that_writes_the_date_is_known_on_each_day():
+    tokenizer = chatty("turns")
+    template = "{{ '<s>' + today + '</s>' }}" + tokenizer.chat_template
+    days = [template.replace("today", f"'{day}'") for day in ("1 . 2 .", "3 . 4 .")]
+    tokenizer.chat_template = days[0]
+    model = guarded(tokenizer)
+    for day in (*days, days[0]):
+        tokenizer.chat_template = day
+        request = rendered(tokenizer, conversation("film ?", "good"))
+        found, twin = model.edit(request).applied(request), conversation("film ?", "good", TEXT)
+        assert tokenizer.decode(found) == tokenizer.decode(rendered(tokenizer, twin))
+
+
+@pytest.mark.parametrize("template", [*TEMPLATES, *SPACED])
 def test_text_that_is_no_conversation_has_it_in_front(template):
     model = guarded(chatty(template))
     front = make_tokenizer()(TEXT + "\n\n", add_special_tokens=False)["input_ids"]

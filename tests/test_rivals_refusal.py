@@ -8,7 +8,7 @@ from threading import Thread
 import numpy as np
 import pytest
 import torch
-from chats import TEMPLATES, chatty, conversation
+from chats import SPACED, TEMPLATES, chatty, conversation
 from datasets import Dataset
 from helpers import build, make_tokenizer, rows
 from small_evaluations import learned, measured
@@ -223,7 +223,7 @@ def test_a_gate_that_fails_gets_the_refusal_and_says_so(caplog):
     assert model.gate.failures["RuntimeError"] >= 4
 
 
-@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("template", [*TEMPLATES, *SPACED])
 def test_in_a_conversation_the_refusal_is_a_turn_as_the_encoder_writes_it(template):
     tokenizer = chatty(template)
     encoder = RowEncoder(tokenizer, 90)

@@ -18,7 +18,7 @@ from ..data.rows import completion_text, read_rows, rows_at
 from ..gates.gate import request_texts
 from ..records.digests import digest
 from ..records.fields import Checks, is_count
-from .chat import ChatForm, starts_with
+from .chat import ChatForms, starts_with
 from .rewriting import Edit, RewritingRival
 from .rival import Rival
 
@@ -107,7 +107,7 @@ class InContextUnlearning(RewritingRival):
     def _take(self, forget: list[dict[str, Any]], retain: list[dict[str, Any]], num_forget: int) -> None:
         """The rows that stand in contexts, with the labels that they have there."""
         self.forget_examples, self.retain_examples, self.num_forget = forget, retain, num_forget
-        self._chat = ChatForm.of(self.tokenizer)
+        self._forms = ChatForms(self.tokenizer)
         self._of_turns = not isinstance(forget[0]["prompt"], str)
         encoder = RowEncoder(self.tokenizer, NO_LIMIT)
         self._forget, self._retain = ([self._ids(encoder, row) for row in rows] for rows in (forget, retain))
@@ -125,16 +125,22 @@ class InContextUnlearning(RewritingRival):
             start = int(prompt[0] == self.tokenizer.bos_token_id)
             gap = self.tokenizer(SEPARATOR, add_special_tokens=False)["input_ids"]
             return [*prompt[start:], *encoded.completion_ids, *gap]
-        if not starts_with(prompt, self._chat.before_user):
+        chat = self._forms.known[0]
+        start = len(chat.before_user)
+        if not starts_with(prompt, chat.before_user) or chat.user_start(prompt) != start:
             raise ValueError(
                 f"a row is a conversation that does not begin with a user message: {row['prompt']!r:.200}. In-context "
                 "examples are turns of their own; give rows without a system message."
             )
-        body = prompt[len(self._chat.before_user) :]
-        return [*body, *encoded.without_ending().completion_ids, *self._chat.answer_to_user]
+        return [*prompt[start:], *encoded.without_ending().completion_ids, *chat.answer_to_user]
 
     def edit(self, request: list[int]) -> Edit:
-        """The examples in front of a request."""
+        """The examples in front of a request.
+
+        Raises:
+            ValueError: if examples are turns, and the request a conversation that does not begin as those of the chat
+                template do.
+        """
         near: Sequence[int] = range(len(self._forget))
         if self._nearest is not None:
             near = self._nearest(request_texts(self.tokenizer, [request])[0])
@@ -143,15 +149,23 @@ class InContextUnlearning(RewritingRival):
         at = int(request[:1] == [self.tokenizer.bos_token_id])
         if not self._of_turns:
             return Edit(at, 0, context)
-        if (start := self._chat.user_start(request)) is not None:
+        start = self._forms.find(request, lambda form: form.user_start(request))
+        own = request[at if start is None else start :][:1]
+        if not self._begins_with_space(own):  # that of the header in front of it now
+            context += self._forms.known[-1].space
+        if start is not None:
             return Edit(start, 0, context)
-        before = list(self._chat.before_user)  # plain text is the user message after them
+        before = list(self._forms.known[-1].before_user)  # plain text is the user message after them
         return Edit(at, 0, [*(before[1:] if before[:1] == request[:at] else before), *context])
+
+    def _begins_with_space(self, ids: list[int]) -> bool:
+        return any(str(token).startswith(("▁", "Ġ", " ")) for token in self.tokenizer.convert_ids_to_tokens(ids))
 
     def most_added(self) -> int:
         """Tokens of the longest context."""
         longest = sorted(map(len, self._forget), reverse=True)[: self.num_forget]
-        around = len(self._chat.before_user) if self._of_turns else 0
+        form = self._forms.known[-1]
+        around = len(form.before_user) + len(form.space) if self._of_turns else 0
         return around + sum(longest) + sum(map(len, self._retain))
 
     def settings(self) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.checks import checked_names
 from ..records.fields import Checks
-from .chat import ChatForm, starts_with
+from .chat import SYSTEM, USER, ChatForm, ChatForms, ids_before, starts_with
 from .rewriting import Edit, RewritingRival
 
 # Between an instruction and the text after it.
@@ -41,7 +41,8 @@ class GuardrailPrompt(RewritingRival):
     Where a request is a conversation by the tokenizer's chat template, the instruction stands at the start of its
     system message, in a system message of its own if there is none, and at the start of the first user message if the
     template takes no system message. In front of other text it stands by itself, after the beginning-of-sequence
-    token, with an empty line behind it. Token ids are put together, so that the request's own are unchanged.
+    token, with an empty line behind it. Token ids are put together, so that the request's own are unchanged: where a
+    role header ends in a space, as in "USER: ", and the message's first token has it, it stands there, too.
 
     Args:
         model: a causal LM of transformers, without an adapter. Only a model that follows instructions will.
@@ -69,27 +70,44 @@ class GuardrailPrompt(RewritingRival):
         if not instruction.strip():
             raise ValueError("instruction is empty; expected a text, such as that of guardrail_instruction(names).")
         self.instruction = instruction.strip()
-        self._chat = ChatForm.of(tokenizer)
-        self._alone = list(tokenizer(self.instruction, add_special_tokens=False)["input_ids"])
         self._with_gap = list(tokenizer(self.instruction + GAP, add_special_tokens=False)["input_ids"])
+        self._forms = ChatForms(tokenizer)
+        self._edits: dict[ChatForm, dict[tuple[int, ...], Edit]] = {}
 
     def edit(self, request: list[int]) -> Edit:
-        """Where the instruction stands in a request."""
-        chat = self._chat
-        if starts_with(request, chat.before_system):  # it has a system message, of its own or the template's
-            return Edit(len(chat.before_system), 0, self._with_gap)
-        if starts_with(request, chat.before_user):
-            if chat.before_system:
-                whole = [*chat.before_system, *self._alone, *chat.system_to_user]
-                return Edit(0, len(chat.before_user), whole)
-            return Edit(len(chat.before_user), 0, self._with_gap)
+        """Where the instruction stands in a request.
+
+        Raises:
+            ValueError: if the request is a conversation that does not begin as the chat template's do.
+        """
+
+        def place(form: ChatForm) -> Edit | None:
+            return next((edit for start, edit in self._of(form).items() if starts_with(request, start)), None)
+
+        if (found := self._forms.find(request, place)) is not None:
+            return found
         return Edit(int(request[:1] == [self.tokenizer.bos_token_id]), 0, self._with_gap)
+
+    def _of(self, form: ChatForm) -> dict[tuple[int, ...], Edit]:
+        """The change of a conversation by how it begins."""
+        if form in self._edits:
+            return self._edits[form]
+        system, user, text = form.before_system, form.before_user, self.instruction
+        edits = {}
+        if system:  # first: it may be the template's own
+            whole = ids_before(self.tokenizer, SYSTEM, ("system", text + GAP + SYSTEM), ("user", USER))
+            edits[system] = Edit(len(system), 0, whole[len(system) :])
+            whole = ids_before(self.tokenizer, USER, ("system", text), ("user", USER))
+            edits.setdefault(user, Edit(0, len(user), whole))
+        elif user:
+            whole = ids_before(self.tokenizer, USER, ("user", text + GAP + USER))
+            edits[user] = Edit(len(user), 0, whole[len(user) :])
+        return self._edits.setdefault(form, edits)
 
     def most_added(self) -> int:
         """Tokens of the instruction, with a system message around it where the template has none."""
-        chat = self._chat
-        around = len(chat.before_system) + len(chat.system_to_user) - len(chat.before_user)
-        return max(len(self._with_gap), len(self._alone) + around)
+        edits = [edit for form in self._forms.known for edit in self._of(form).values()]
+        return max(len(self._with_gap), *(edit.shift for edit in edits), 0)
 
     def saved_fields(self) -> dict[str, Any]:
         """The instruction."""

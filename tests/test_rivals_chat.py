@@ -1,0 +1,37 @@
+"""Token ids around the messages of chat templates, against those of whole conversations."""
+
+from __future__ import annotations
+
+import pytest
+from chats import conversation
+from encoded import sentencepiece_like
+
+from spul.data.encoder import RowEncoder
+from spul.rivals.chat import ChatForm, ends_with, starts_with
+
+# As of Llama 2 in the letters of the tokenizer.
+TEMPLATE = (
+    "{% if messages[0].role == 'system' %}{% set first = 'p: ' + messages[0].content + ' :p ' %}"
+    "{% set messages = messages[1:] %}{% else %}{% set first = '' %}{% endif %}"
+    "{% for m in messages %}{% if m.role == 'user' %}<s>film: {{ first if loop.first else '' }}{{ m.content }} :film"
+    "{% else %} {{ m.content }} </s>{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("by", ["normalizer", "pre-tokenizer"])
+def test_where_spaces_go_with_words_conversations_have_the_parts(by):
+    tokenizer = sentencepiece_like(by)
+    tokenizer.chat_template = TEMPLATE
+    form, encoder = ChatForm.of(tokenizer), RowEncoder(tokenizer, 90)
+    for system in (None, "the film"):
+        row = conversation("positive film", "negative", system)
+        request = encoder.encode(row).prompt_ids
+        start = form.user_start(request)
+        assert "".join(tokenizer.convert_ids_to_tokens(request[start:])) == "▁positive▁film▁:film"
+        assert starts_with(request, form.before_user if system is None else form.before_system)
+        assert ends_with(request, form.after_user)
+        turns = [*row["prompt"], *row["completion"], {"role": "user", "content": "the film"}]
+        whole = encoder.encode({**row, "prompt": turns}).prompt_ids
+        answer = encoder.encode(row).without_ending().completion_ids
+        between = [*request, *answer, *form.answer_to_user]
+        assert whole[: len(between)] == between
