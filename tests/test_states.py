@@ -9,6 +9,7 @@ import torch
 from helpers import (
     FAMILIES,
     ONE_STEP,
+    SHAPE,
     arguments,
     assert_same,
     build,
@@ -17,6 +18,16 @@ from helpers import (
     make_collator,
     make_unlearner,
     stirred,
+)
+from peft import LoraConfig
+from transformers import (
+    AutoModelForCausalLM,
+    BambaConfig,
+    JambaConfig,
+    MixtralConfig,
+    PhimoeConfig,
+    Qwen2MoeConfig,
+    Qwen3MoeConfig,
 )
 
 from spul import ReferenceCache, UnlearningLoss, UnlearningTrainer, unlearning_forward, unlearning_method
@@ -94,6 +105,65 @@ def test_a_layer_that_is_not_there_is_refused():
         states_at(build("llama"), 7, torch.tensor([[0]]), input_ids=torch.tensor([[5, 6]]))
     with pytest.raises(ValueError, match="layer=7: LlamaForCausalLM has 2 layers, from 0"):  # as it was given
         unlearning_method("RMU", layer=7).prepare(build("llama"))
+
+
+WIDTHS = {**SHAPE, "intermediate_size": 48, "num_key_value_heads": 2}
+MAMBA = {"attn_layer_indices": [1], "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
+# Bases whose layers do not end with the linear map of a dense feed-forward: routers, gates and mixers come last.
+MIXED = {
+    "shared expert": lambda: Qwen2MoeConfig(
+        **WIDTHS, **EXPERTS, moe_intermediate_size=16, shared_expert_intermediate_size=24
+    ),
+    "mixer last": lambda: BambaConfig(**WIDTHS, **MAMBA),
+    "mixtral": lambda: MixtralConfig(**WIDTHS, num_local_experts=4),
+    "qwen3_moe": lambda: Qwen3MoeConfig(**WIDTHS, **EXPERTS, moe_intermediate_size=16, head_dim=8),
+    "phimoe": lambda: PhimoeConfig(**WIDTHS, num_local_experts=4),
+    "jamba": lambda: JambaConfig(
+        **WIDTHS,
+        **EXPERTS,
+        mamba_d_state=8,
+        attn_layer_period=2,
+        attn_layer_offset=0,
+        expert_layer_period=2,
+        expert_layer_offset=1,
+    ),
+}
+
+
+def mixed(family):
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(MIXED[family]())
+
+
+@pytest.mark.parametrize(
+    ("family", "end"),
+    [("shared expert", "mlp.shared_expert.down_proj"), ("mixer last", "feed_forward.down_proj")],
+)
+def test_what_trains_is_the_feed_forwards_and_no_gate_nor_mixer_behind_it(family, end):
+    names = [*feed_forward_ends(mixed(family), [1, 0])]
+    assert names == [f"model.layers.{i}.{end}" for i in (1, 0)]
+
+
+@pytest.mark.parametrize("trainable", ["full", "lora"])
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "phimoe", "jamba"])
+def test_a_layer_whose_experts_are_all_routed_is_refused_and_not_trained_at_its_attention(family, trainable):
+    model = mixed(family)
+    required = {name: p.requires_grad for name, p in model.named_parameters()}
+    message = f"layer 1 of {type(model).__name__} has no linear map that could be trained: expected .* the 32 entries"
+    with pytest.raises(ValueError, match=message):
+        unlearning_method("RMU", trainable, layer=1).prepare(model)
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == required
+
+
+def test_lora_of_a_config_trains_experts_where_the_message_says_so():
+    config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=[], target_parameters=["experts.down_proj"])
+    model = unlearning_method("RMU", "lora", layer=1).prepare(mixed("mixtral"), config)
+    out = unlearning_forward(model, LOSS, **own_answers()(list(make_answers(2, 2))))
+    out.loss.backward()
+    assert any(p.grad is not None and bool(p.grad.any()) for p in model.parameters())
+    with pytest.raises(ValueError, match="layer=7: MixtralForCausalLM has 2 layers, from 0"):
+        unlearning_method("RMU", "lora", layer=7).prepare(mixed("mixtral"), config)
 
 
 # ---- loss of a batch ----

@@ -33,6 +33,9 @@ _modes_before: list[dict[nn.Module, bool]] = []
 # takes them for linear, fails.
 _NOT_LINEAR = ("PhimoeTopKRouter", "Llama4Router", "DeepseekV4GroupedLinear")
 
+# Children of a decoder layer that are its feed-forward block, or end it; where attention stands differs by family.
+_FEED_FORWARD = ("mlp", "mlp_block", "shared_mlp", "feed_forward", "ffn", "ff", "fc2", "output")
+
 
 def not_linear(model: nn.Module) -> list[str]:
     """Names of the modules of a model that are linear layers by their class, and compute something else."""
@@ -250,21 +253,51 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     raise ValueError(f"{type(base).__name__} has no list of {num_layers} layers, whose hidden states could be read.")
 
 
-def feed_forward_ends(model: nn.Module, layers: Sequence[int]) -> dict[str, nn.Module]:
-    """The last linear map of some decoder layers, such as `down_proj`, by its name in the model.
+def check_layer(model: nn.Module, layer: int) -> nn.Module:
+    """A decoder layer of a causal LM, numbered from 0.
 
     Raises:
-        ValueError: if a layer does not exist, or has no linear map.
+        ValueError: if there is no such layer.
     """
-    decoder, found = decoder_layers(model), []
-    for layer in layers:
-        if not 0 <= layer < len(decoder):
-            raise ValueError(f"layer={layer}: {type(model).__name__} has {len(decoder)} layers, from 0.")
-        linear = [module for module in decoder[layer].modules() if isinstance(module, LINEAR)]
-        if not linear:
-            raise ValueError(f"layer {layer} of {type(model).__name__} has no linear map that could be trained.")
-        found.append(linear[-1])
-    return {name: module for name, module in model.named_modules() if any(module is one for one in found)}
+    layers = decoder_layers(model)
+    if not 0 <= layer < len(layers):
+        raise ValueError(f"layer={layer}: {type(bare_model(model)).__name__} has {len(layers)} layers, from 0.")
+    return layers[layer]
+
+
+def feed_forward_ends(model: nn.Module, layers: Sequence[int]) -> dict[str, nn.Module]:
+    """The last linear map of some decoder layers' feed-forward, such as `down_proj`, by its name in the model.
+
+    It has the width of the hidden states, which it writes. Routers and gates do not, and routed experts, whose weights
+    are in one parameter of three dimensions, are no linear maps of their own.
+
+    Raises:
+        ValueError: if a layer does not exist, or its feed-forward has no such map.
+    """
+    return dict(_feed_forward_end(model, layer) for layer in layers)
+
+
+def _feed_forward_end(model: nn.Module, layer: int) -> tuple[str, nn.Module]:
+    block = check_layer(model, layer)
+    base: Any = bare_model(model)
+    width, others = base.config.get_text_config().hidden_size, not_linear(model)
+    start = next(name for name, module in model.named_modules() if module is block)
+    linear = {
+        name: module
+        for inner, module in block.named_modules()
+        if isinstance(module, LINEAR) and (name := f"{start}.{inner}") not in others
+    }
+    for name, module in reversed(linear.items()):
+        written = module.nf if isinstance(module, Conv1D) else module.out_features
+        if written == width and name.removeprefix(f"{start}.").split(".")[0] in _FEED_FORWARD:
+            return name, module
+    found = ", ".join(name.removeprefix(f"{start}.") for name in linear) or "none"
+    raise ValueError(
+        f"layer {layer} of {type(base).__name__} has no linear map that could be trained: expected one that writes "
+        f"the {width} entries of its hidden states, in {', '.join(_FEED_FORWARD)}; found {found}. Routed experts are "
+        "no linear maps. Train LoRA on weights of your choice: unlearning_method('RMU', 'lora').prepare(model, "
+        "LoraConfig(...)), with target_modules, or target_parameters for experts."
+    )
 
 
 def states_at(model: nn.Module, layer: int, positions: Tensor, **inputs: Any) -> Tensor:
@@ -275,11 +308,9 @@ def states_at(model: nn.Module, layer: int, positions: Tensor, **inputs: Any) ->
     Raises:
         ValueError: if there is no such layer.
     """
-    layers = decoder_layers(model)
-    if layer >= len(layers):
-        raise ValueError(f"layer={layer}: {type(bare_model(model)).__name__} has {len(layers)} layers, from 0.")
+    block = check_layer(model, layer)
     found: list[Tensor] = []
-    hook = layers[layer].register_forward_hook(
+    hook = block.register_forward_hook(
         lambda _, __, output: found.append(output[0] if isinstance(output, tuple) else output)
     )
     try:

@@ -30,7 +30,14 @@ from ..losses.states import RMU, StateDistance, StateTerm
 from ..losses.suppressed import CEU, UNDIAL
 from ..losses.terms import CrossEntropy, GradientAscent, KLAscent, KLDivergence
 from ..losses.unlearning_loss import UnlearningLoss
-from ..models.causal_lm import bare_on_error, check_bare, feed_forward_ends, not_linear, unchanged_on_error
+from ..models.causal_lm import (
+    bare_on_error,
+    check_bare,
+    check_layer,
+    feed_forward_ends,
+    not_linear,
+    unchanged_on_error,
+)
 from ..models.compat import is_quantized, keep_4bit_differentiable
 from ..models.noise import stop_sampling, zero_dropout
 from ..models.sharding import keep_rest_whole
@@ -103,7 +110,8 @@ class Method:
         loss: the objective.
         trainable: `"prompt"`, a soft prompt before the frozen model; `"full"`, all weights; `"lora"`, LoRA on every
             linear layer; `"layers"`, unlearning layers in the frozen model. Where the loss reads hidden states of a
-            layer (RMU), `"full"` and `"lora"` train the last linear map of that layer and of the two before it.
+            layer (RMU), `"full"` and `"lora"` train the last linear map of the feed-forward of that layer and of the
+            two before it.
         alternates: column of forget rows with the texts to draw their completions from, in place of generic ones;
             None (default) for no such column. See `add_alternates`.
 
@@ -154,7 +162,8 @@ class Method:
 
         Raises:
             ValueError: if all weights of a quantized model are to be trained, `config` is of another kind than
-                `trainable`, or it puts LoRA on a module that is no linear map, such as PhiMoE's router.
+                `trainable`, or it puts LoRA on a module that is no linear map, such as PhiMoE's router; for RMU, if a
+                layer does not exist, or its feed-forward has no linear map, as where all experts are routed.
             TypeError: if `model` is no causal LM, or has an adapter already.
         """
         check_bare(model)
@@ -186,9 +195,12 @@ class Method:
     def _with_lora(self, model: PreTrainedModel, peft_config: PeftConfig | None) -> PeftModel:
         """The model under LoRA, or another adapter of PEFT."""
         zero_dropout(model)
-        modules = "all-linear" if self.loss.reads_layer is None else [*self._steered(model)]
+        if self.loss.reads_layer is not None:
+            check_layer(model, self.loss.reads_layer)
         lora: Any = copy.deepcopy(peft_config)  # PEFT writes into it, and it may be that of another model, too
-        lora = lora or LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules=modules)
+        if lora is None:
+            modules = "all-linear" if self.loss.reads_layer is None else [*self._steered(model)]
+            lora = LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules=modules)
         if getattr(lora, "target_modules", None) == "all-linear" and not getattr(lora, "exclude_modules", None):
             lora.exclude_modules = not_linear(model) or None  # which PEFT takes for linear
         if is_quantized(model):
