@@ -47,7 +47,7 @@ class UnlearningLayers(nn.Module, Unlearner):
         ```python
         layers = UnlearningLayers(model, UnlearningLayersConfig(reduction=32))
         method = unlearning_method("EUL")
-        trainer = UnlearningTrainer(layers, args, method.collator(tokenizer), dataset, loss=method.loss)
+        trainer = UnlearningTrainer(layers, args, method.collator(tokenizer, generic), dataset, loss=method.loss)
         trainer.train()
         layers.save_pretrained("request-1")
         base = layers.remove()
