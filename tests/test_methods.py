@@ -193,6 +193,46 @@ def test_lora_on_what_is_no_linear_map_is_refused_before_training_and_leaves_the
     assert isinstance(unlearning_method("GA", "lora").prepare(own.unload(), config), PeftModel)
 
 
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora", "OLoRA", "corda", "loftq", "lora_ga"])
+def test_lora_that_rewrites_the_base_is_refused_and_leaves_it(init):
+    base = build("llama")
+    weights = {name: value.clone() for name, value in base.state_dict().items()}
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])
+    config.init_lora_weights = init  # some need packages or settings, which are not asked for here
+    with pytest.raises(ValueError, match=f"init_lora_weights='{init}' rewrites .*; use init_lora_weights=True"):
+        unlearning_method("NPO+KL", "lora").prepare(base, config)
+    assert base.state_dict().keys() == weights.keys()
+    assert all(torch.equal(value, weights[name]) for name, value in base.state_dict().items())
+
+
+def test_a_base_that_an_adapter_of_others_rewrote_is_no_reference():
+    model = get_peft_model(build("llama"), LoraConfig(task_type="CAUSAL_LM", r=4, init_lora_weights="pissa"))
+    method = unlearning_method("NPO+KL", "lora")
+    batch = make_batch()
+    for read in (
+        unlearner_of(model).check_trainable,
+        lambda: unlearning_forward(model, method.loss, **batch),
+        lambda: unlearner_of(model).detached_base().__enter__(),
+    ):
+        with pytest.raises(ValueError, match="init_lora_weights='pissa' rewrites the base's weights"):
+            read()
+    model.add_adapter("other", LoraConfig(task_type="CAUSAL_LM", r=4))
+    model.set_adapter("other")
+    with pytest.raises(ValueError, match="init_lora_weights='pissa' rewrites the base's weights"):
+        unlearner_of(model).check_trainable()
+
+
+@pytest.mark.parametrize("init", [True, False, "gaussian", "eva", "orthogonal", "mica"])
+def test_without_lora_that_leaves_the_base_the_model_is_the_base(init):
+    ids = torch.arange(5, 15)[None]
+    base = build("llama")
+    expected = base(ids).logits
+    config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"], init_lora_weights=init)
+    model = unlearning_method("NPO+KL", "lora").prepare(base, config)
+    with unlearner_of(model).detached_base() as found:
+        assert torch.equal(found(ids).logits, expected)
+
+
 def state_of(model):
     """The parts of a model that training by a method changes, hooks among them."""
     return {

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
-from peft import PeftModel, PeftType
+from peft import PeftConfig, PeftModel, PeftType
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -17,6 +18,24 @@ from .protocol import Unlearner
 
 PREFIX_TYPES = (PeftType.PREFIX_TUNING, PeftType.CARTRIDGE)  # prompts that are keys and values, not embeddings
 PROMPT_TYPES = (PeftType.PROMPT_TUNING, PeftType.P_TUNING, *PREFIX_TYPES)
+
+# LoRA's initializations that subtract the adapter's product from the base's weights; EVA's and others leave them.
+_REWRITES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+def check_leaves_base(config: PeftConfig) -> None:
+    """Raise if an adapter of this config rewrites weights of the base when it is made.
+
+    Raises:
+        ValueError: if LoRA's `init_lora_weights` does, such as `"pissa"`.
+    """
+    init = getattr(config, "init_lora_weights", True)
+    if isinstance(init, str) and init.lower().startswith(_REWRITES_BASE):
+        raise ValueError(
+            f"init_lora_weights={init!r} rewrites the base's weights, so that disabling the adapter does not give the "
+            "base back, and no reference is left; use init_lora_weights=True, or one that leaves the weights: "
+            "'gaussian', 'orthogonal', 'eva' or 'mica'."
+        )
 
 
 class _Wrapped(Unlearner):
@@ -100,11 +119,22 @@ class PeftAdapter(_Wrapped):
     def disable_adapter(self) -> AbstractContextManager[Any]:
         return self.inner.disable_adapter()
 
+    @contextmanager
+    def detached_base(self) -> Iterator[Any]:
+        self._check_leaves_base()
+        with super().detached_base() as base:
+            yield base
+
+    def _check_leaves_base(self) -> None:
+        for config in self.inner.peft_config.values():  # also where another adapter is active
+            check_leaves_base(config)
+
     @property
     def enabled(self) -> bool:
         return adapter_enabled(self.inner)
 
     def check_trainable(self) -> None:
+        self._check_leaves_base()
         base = self.get_base_model()
         wrapped = {f"{name}.base_layer": name for name in peft_layers(base)}
         if found := [wrapped[name] for name in not_linear(base) if name in wrapped]:

@@ -41,7 +41,7 @@ from ..models.causal_lm import (
 from ..models.compat import is_quantized, keep_4bit_differentiable
 from ..models.noise import stop_sampling, zero_dropout
 from ..models.sharding import keep_rest_whole
-from ..models.unlearner import unlearner_of
+from ..models.unlearner import check_leaves_base, unlearner_of
 from ..prompts.unlearner import SoftPromptUnlearner
 
 logger = logging.getLogger(__name__)
@@ -162,7 +162,8 @@ class Method:
 
         Raises:
             ValueError: if all weights of a quantized model are to be trained, `config` is of another kind than
-                `trainable`, or it puts LoRA on a module that is no linear map, such as PhiMoE's router; for RMU, if a
+                `trainable`, puts LoRA on a module that is no linear map, such as PhiMoE's router, or rewrites the
+                base's weights (`init_lora_weights="pissa"`), which are the reference; for RMU, if a
                 layer does not exist, or its feed-forward has no linear map, as where all experts are routed.
             TypeError: if `model` is no causal LM, or has an adapter already.
         """
@@ -175,6 +176,8 @@ class Method:
             raise ValueError(
                 f"config is a {type(peft_config).__name__}, the config of a prompt; use trainable='prompt'."
             )
+        if peft_config is not None:
+            check_leaves_base(peft_config)
         if self.trainable == "layers":
             return UnlearningLayers(model, layers_config)
         if self.trainable == "prompt":
