@@ -7,6 +7,7 @@ from helpers import (
     assert_same,
     build,
     build_unlearner,
+    lora,
     make_batch,
     make_trainer,
     prompt_gradients,
@@ -16,9 +17,10 @@ from helpers import (
 )
 from plain import losses as plain_losses
 from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.testing import CompileCounter
 
 from spul import SoftPromptUnlearner, fingerprint
-from spul.models.causal_lm import decoder_layers
+from spul.models.causal_lm import decoder_layers, states_at
 from spul.models.compat_checkpointing import switch_checkpointing
 
 
@@ -120,3 +122,19 @@ def test_a_compiled_base_is_trained_and_scored_under_its_prompt(tmp_path, graphs
             assert scored(unlearner, rows("jane", 4))["loss"] != found[-1]["loss"].item()
     assert graphs.num > 0
     assert_same(*found, rtol=0, atol=1e-5)
+
+
+def test_states_of_a_compiled_model_are_read_at_each_step_and_after_a_forward_without_them(graphs):
+    counted = CompileCounter()
+    model = lora(build("llama"))
+    inputs = {"input_ids": torch.arange(5, 15)[None], "use_cache": False}
+    positions = torch.tensor([[0, 3, 9]])
+    expected = states_at(model, 0, positions, **inputs)
+    compiled = torch.compile(model, backend=counted)
+    for _ in range(2):
+        torch.testing.assert_close(states_at(compiled, 0, positions, **inputs), expected)
+    assert counted.frame_count == 1
+    for keep in ({"logits_to_keep": 1}, {}):  # as `states_at` calls it, where the family selects positions and not
+        compiled(**inputs, **keep)
+    torch.testing.assert_close(states_at(compiled, 0, positions, **inputs), expected)
+    torch.testing.assert_close(states_at(compiled, 1, positions, **inputs), states_at(model, 1, positions, **inputs))

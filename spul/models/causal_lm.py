@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .compat import peft_layers, remove_peft_layers, takes_positions, uncompiled, without_peft_wrapper
+from .compat import peft_layers, remove_peft_layers, reset_compiled, takes_positions, uncompiled, without_peft_wrapper
 from .compat_checkpointing import switching
 from .compat_modules import forward_hooks, modules_of_class, remove_hooks
 from .noise import configs_of, dropout_of, restore_dropout
@@ -313,8 +313,12 @@ def states_at(model: nn.Module, layer: int, positions: Tensor, **inputs: Any) ->
     hook = block.register_forward_hook(
         lambda _, __, output: found.append(output[0] if isinstance(output, tuple) else output)
     )
+    kept = {"logits_to_keep": 1} if selects_positions(model) else {}
     try:
-        model(**inputs, **({"logits_to_keep": 1} if selects_positions(model) else {}))
+        model(**inputs, **kept)
+        if not found:  # a graph that was compiled without the hook
+            reset_compiled()
+            model(**inputs, **kept)
     finally:
         hook.remove()
     return found[0].take_along_dim(positions[..., None].to(found[0].device), dim=1)
