@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -85,6 +86,22 @@ def test_metrics_that_are_no_numbers_are_not_written(tmp_path):
     SpulConfig().save(tmp_path)
     with pytest.raises(ValueError, match="write_metrics: metrics is 5"):
         write_metrics(tmp_path, 5)
+
+
+NUMBERS = [np.float32(0.5), np.float64(0.5), np.longdouble(0.5), Fraction(1, 2), np.int64(3), np.uint8(3), 3, 0.5]
+
+
+@pytest.mark.parametrize("value", NUMBERS, ids=lambda value: type(value).__name__)
+def test_every_real_number_is_written_as_a_metric_and_read_again(tmp_path, value):
+    metrics = {"test_forget": {"accuracy": value}}
+    SpulConfig(metrics=metrics).save(tmp_path)
+    plain = {"test_forget": {"accuracy": 3 if value == 3 else 0.5}}
+    assert SpulConfig.load(tmp_path / "spul_config.json").metrics == plain
+    SpulConfig().save(tmp_path)
+    (tmp_path / "README.md").write_text("## Metrics\n")
+    write_metrics(tmp_path, metrics)
+    assert SpulConfig.load(tmp_path / "spul_config.json").metrics == plain
+    assert f"| test_forget | {float(value):.4f} |" in (tmp_path / "README.md").read_text()
 
 
 def test_counts_are_whole_and_no_bool():

@@ -11,7 +11,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .fields import check_fields, read_object
+from .fields import check_fields, plain_metrics, read_object
 from .files import write_text
 from .spul_config import SPUL_CONFIG_NAME, SpulConfig, without_local_path
 from .templates import render
@@ -84,7 +84,7 @@ def write_metrics(
 
     Args:
         folder: a folder that `save_pretrained` of a prompt or of unlearning layers wrote.
-        metrics: split to name to value, as `SpulConfig.metrics`.
+        metrics: split to name to value, as `SpulConfig.metrics`; NumPy's numbers, too.
         lines: what they say in words, above the card's table.
         results: the same in the Hub's form, for the card's `model-index`, whose earlier results they replace; with
             none it stays as it is.
@@ -95,6 +95,7 @@ def write_metrics(
     """
     folder = Path(folder)
     check_fields({"metrics": metrics}, "write_metrics")
+    metrics = plain_metrics(metrics)
     for name in (SPUL_CONFIG_NAME, CARD_NAME):
         if not (folder / name).is_file():
             raise FileNotFoundError(

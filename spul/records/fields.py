@@ -7,7 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from numbers import Real
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -134,6 +134,18 @@ def are_counts(values: Any, least: int = 0) -> bool:
 def is_finite_number(value: Any) -> TypeGuard[float]:
     """Whether a value is a float, or an int that a float holds, and is finite; a bool is none."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def plain_metrics(metrics: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """Metrics by split and name as ints and floats, which JSON holds, in place of NumPy's numbers and fractions.
+
+    Args:
+        metrics: real numbers, as `check_fields` finds them.
+    """
+    return {
+        split: {name: int(value) if isinstance(value, Integral) else float(value) for name, value in values.items()}
+        for split, values in metrics.items()
+    }
 
 
 def _short(value: Any) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
 from .digests import DataSummary, RewrittenRows, fingerprint
-from .fields import check_fields, check_format, read_object
+from .fields import check_fields, check_format, plain_metrics, read_object
 from .files import find_file, write_text
 from .messages import warn
 from .weights import file_digest
@@ -75,6 +75,7 @@ class SpulConfig:
         del data["name"]
         data |= {name: value for name, value in data.pop("unknown").items() if name not in data}
         check_fields(data, f"the {type(self).__name__} to save")
+        data["metrics"] = plain_metrics(self.metrics)
         if self.base_model_name_or_path is not None:
             data["base_model_name_or_path"] = without_local_path(self.base_model_name_or_path)
         if self.prompt_position == "start":
