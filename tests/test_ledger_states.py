@@ -112,6 +112,77 @@ def test_a_prompt_that_is_another_than_the_evaluated_one_is_said_until_it_is_eva
     assert not any("another prompt" in line for line in ledger.states()["1"].in_words())
 
 
+def remarks_of(ledger):
+    return [line for line in ledger.states()["1"].in_words() if "the evaluation" in line and "SHA-256 of" not in line]
+
+
+def test_a_prompt_that_is_trained_anew_has_nothing_of_the_one_before_it(path):
+    """As a fixed refusal, of which an entry gives no digest."""
+    ledger = Ledger(path)
+    ledger.append(
+        LedgerEvent("trained", "1", adapter="forget-1", prompt_sha256=SHA, base_fingerprint=SHA, gate="text")
+    )
+    ledger.append(LedgerEvent("evaluated", "1", adapter="forget-1", prompt_sha256=SHA, evaluation=SHA))
+    ledger.append(LedgerEvent("revoked", "1"))
+    ledger.append(LedgerEvent("trained", "1", adapter="refusal", gate="names"))
+    ledger.append(LedgerEvent("served", "1", adapter="refusal", gate="names", base_fingerprint="34" * 32))
+    state = ledger.states()["1"]
+    assert (state.adapter, state.prompt_sha256, state.gate, state.base_fingerprint) == (
+        *("refusal", None, "names", "34" * 32),
+    )
+    assert remarks_of(ledger) == [f"the evaluation may be of another prompt, SHA-256 {SHA}"]
+    ledger.append(LedgerEvent("evaluated", "1", adapter="refusal", evaluation="12" * 32))
+    assert remarks_of(ledger) == []
+    ledger.append(LedgerEvent("trained", "1"))  # by hand, without a word of which
+    state = ledger.states()["1"]
+    assert (state.adapter, state.prompt_sha256, state.gate, state.base_fingerprint) == (None,) * 4
+    assert remarks_of(ledger) == ["the evaluation may be of another prompt, adapter refusal"]
+
+
+def test_a_prompt_that_is_served_without_a_training_has_nothing_of_the_one_before_it(path):
+    ledger, other = Ledger(path), "12" * 32
+    ledger.append(LedgerEvent("trained", "1", adapter="forget-1", prompt_sha256=SHA, gate="text"))
+    ledger.append(LedgerEvent("served", "1", server="a"))  # nothing that tells it from what was trained
+    assert ledger.states()["1"].prompt_sha256 == SHA
+    ledger.append(LedgerEvent("served", "1", adapter="refusal", server="b"))
+    state = ledger.states()["1"]
+    assert (state.adapter, state.prompt_sha256, state.gate) == ("refusal", None, None)
+    ledger.append(LedgerEvent("served", "1", adapter="forget-2", prompt_sha256=other, server="c"))
+    assert ledger.states()["1"].adapter == "forget-2"
+    ledger.append(LedgerEvent("served", "1", adapter="moved", prompt_sha256=other, gate="names", server="c"))
+    ledger.append(LedgerEvent("stopped", "1", adapter="forget-1", prompt_sha256=SHA, server="a"))  # others go on
+    state = ledger.states()["1"]
+    assert (state.adapter, state.prompt_sha256, state.gate) == ("moved", other, "names")
+
+
+def test_an_evaluation_of_what_has_no_weights_is_not_one_of_the_prompt_that_follows(path):
+    ledger = Ledger(path)
+    ledger.append(LedgerEvent("trained", "1", adapter="refusal", gate="names"))
+    ledger.append(LedgerEvent("evaluated", "1", adapter="refusal", evaluation=SHA))
+    assert remarks_of(ledger) == []
+    for event in ("trained", "served"):
+        ledger.append(LedgerEvent(event, "1", adapter="forget-1", prompt_sha256=SHA))
+        assert remarks_of(ledger) == ["the evaluation may be of another prompt, adapter refusal"]
+    ledger.append(LedgerEvent("evaluated", "1", evaluation=SHA))  # by hand
+    assert remarks_of(ledger) == ["the evaluation may be of another prompt: its entry names none"]
+    ledger.append(LedgerEvent("evaluated", "1", prompt_sha256=SHA, evaluation=SHA))
+    assert remarks_of(ledger) == []
+
+
+def test_an_evaluation_of_another_prompt_does_not_name_the_one_that_is_served(path):
+    ledger, other = Ledger(path), "12" * 32
+    ledger.append(LedgerEvent("evaluated", "1", adapter="forget-1", prompt_sha256=SHA, evaluation=SHA))
+    assert ledger.states()["1"].prompt_sha256 == SHA  # all that is known by now
+    for event in ("trained", "served"):
+        ledger.append(LedgerEvent(event, "1", adapter="forget-1", prompt_sha256=SHA))
+    ledger.append(
+        LedgerEvent("evaluated", "1", adapter="2", prompt_sha256=other, base_fingerprint=other, evaluation=other)
+    )
+    state = ledger.states()["1"]
+    assert (state.adapter, state.prompt_sha256, state.base_fingerprint) == ("forget-1", SHA, None)
+    assert remarks_of(ledger) == [f"the evaluation is of another prompt, SHA-256 {other}"]
+
+
 def test_a_request_that_was_served_says_that_no_entry_gives_an_evaluation_until_one_does(path):
     ledger, said = Ledger(path), "it was served, and no entry gives an evaluation"
     ledger.append(LedgerEvent("trained", "1", prompt_sha256=SHA))

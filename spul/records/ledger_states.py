@@ -51,7 +51,9 @@ class RequestState:
     Attributes:
         request: its name.
         rows: the last that an entry gave; a number without a digest takes the place of a digest by `received` alone.
-        adapter, prompt_sha256, base_fingerprint, gate, evaluation: last values that an entry gave.
+        adapter, prompt_sha256, base_fingerprint, gate: of one prompt or refusal, the last that was trained, or that
+            served or answered since.
+        evaluation: last value that an entry gave.
         history: its events, in the order of the entries, with their times.
         served: times from and until which some server served it; None at the end of the last if one still does.
         servers: since when each server serves it, by its name: those that noted a start, and no stop since. Entries
@@ -65,7 +67,7 @@ class RequestState:
         weights: SHA-256 of each prompt that entries gave.
         withdrawn: those that they had given when it was last withdrawn.
         served_again: whether it was served while it was withdrawn.
-        evaluated: SHA-256 of the prompt that was evaluated last; None if that entry gives none.
+        evaluated: adapter and SHA-256 of what was evaluated last, each None if not known; None if nothing was.
     """
 
     request: str
@@ -87,13 +89,16 @@ class RequestState:
     weights: set[str] = field(default_factory=set)
     withdrawn: set[str] = field(default_factory=set)
     served_again: bool = False
-    evaluated: str | None = None
+    evaluated: tuple[str | None, str | None] | None = None
 
     def add(self, entry: LedgerEntry) -> None:
         """Take an entry of this request into account."""
-        self.adapter = _adapter_of(entry) or self.adapter
-        for name in ("prompt_sha256", "base_fingerprint", "gate", "evaluation"):
-            setattr(self, name, entry.fields.get(name, getattr(self, name)))
+        was_served = bool(self.servers)
+        self._add_server(entry)
+        # A server that gives up an earlier prompt says nothing of one that others serve, or that was trained since.
+        if entry.event != "stopped" or (was_served and not self.servers):
+            self._add_prompt(entry)
+        self._add_evaluation(entry)
         if (rows := entry.fields.get("rows")) is not None:
             found = DataSummary(rows["rows"], rows.get("digest"))
             # A training or evaluation without the owner's key only counts the rows that were received by a digest.
@@ -110,15 +115,12 @@ class RequestState:
         self.answered += entry.event == "answered"
         self.answered_after += entry.event == "answered" and self.revoked is not None
         self.served_again |= entry.event == "served" and self.revoked is not None
-        self._add_server(entry)
         if entry.event == "revoked":
             self.revoked, self.is_retrained, self.retrained = entry.at, False, None
             self.revocations.append(entry.at)
             self.withdrawn = set(self.weights)
         elif entry.event in REOPENING:
             self.revoked = None
-        if entry.event == "evaluated":
-            self.evaluated = entry.fields.get("prompt_sha256")
         if entry.event == "trained":
             self.is_retrained, self.retrained = True, entry.fields.get("prompt_sha256")
 
@@ -133,6 +135,30 @@ class RequestState:
         if None in (prompt_sha256, self.retrained):
             return prompt_sha256 is None or prompt_sha256 in self.withdrawn
         return prompt_sha256 != self.retrained
+
+    def _add_prompt(self, entry: LedgerEntry) -> None:
+        """Take into account of which prompt an entry is: of another than the last, only what the entry itself says."""
+        found = {name: entry.fields.get(name) for name in ("prompt_sha256", "base_fingerprint", "gate")}
+        found["adapter"] = _adapter_of(entry)
+        known, said = self._prompt, _named(found["adapter"], found["prompt_sha256"])
+        is_other = None not in (known, said) and known != said
+        if entry.event == "evaluated" and is_other:
+            return  # what was measured need not be what is served
+        for name, value in found.items():
+            if value is not None or is_other or entry.event == "trained":
+                setattr(self, name, value)
+
+    def _add_evaluation(self, entry: LedgerEntry) -> None:
+        """Take into account of which prompt the evaluation is that an entry gives."""
+        if "evaluation" not in entry.fields:
+            return
+        self.evaluation, self.evaluated = entry.fields["evaluation"], (self.adapter, self.prompt_sha256)
+        if entry.event == "evaluated":
+            self.evaluated = _adapter_of(entry), entry.fields.get("prompt_sha256")
+
+    @property
+    def _prompt(self) -> str | None:
+        return _named(self.adapter, self.prompt_sha256)
 
     def _add_server(self, entry: LedgerEntry) -> None:
         """Take into account which servers serve the request after an entry; where it is revoked, none does."""
@@ -151,8 +177,8 @@ class RequestState:
     def in_words(self) -> list[str]:
         """The state as lines of text: what is known, each event with its time, and how it is now."""
         lines = _known(self.rows, {name: getattr(self, name) for name in WORDS})
-        if self.evaluated is not None and self.evaluated != self.prompt_sha256:
-            lines.append(f"the evaluation is of another prompt, SHA-256 {self.evaluated}")
+        if self.evaluated is not None and _named(*self.evaluated) != self._prompt:
+            lines.append(self._of_another(*self.evaluated))
         if self.evaluation is None and (self.served or self.answered):
             lines.append("it was served, and no entry gives an evaluation")
         lines += map(str, self.history)
@@ -163,6 +189,13 @@ class RequestState:
         if self.served_again:
             lines.append("SERVED AFTER IT WAS REVOKED")
         return lines
+
+    def _of_another(self, adapter: str | None, prompt_sha256: str | None) -> str:
+        """That the evaluation is of another prompt, or may be, in words: which, as its entry names it."""
+        which = ": its entry names none" if adapter is None else f", adapter {adapter}"
+        which = which if prompt_sha256 is None else f", SHA-256 {prompt_sha256}"
+        is_known = None not in (prompt_sha256, self.prompt_sha256)
+        return f"the evaluation {'is' if is_known else 'may be'} of another prompt{which}"
 
     @property
     def now(self) -> str:
@@ -195,3 +228,8 @@ def _adapter_of(entry: LedgerEntry) -> str | None:
     """The adapter that an entry names; earlier versions wrote it as `prompt`, and servers the request's name there."""
     before = entry.fields.get("prompt")
     return entry.fields.get("adapter", None if before == entry.request else before)
+
+
+def _named(adapter: str | None, prompt_sha256: str | None) -> str | None:
+    """What tells a prompt from others: its weights, where an entry gives them, else its name; None without either."""
+    return adapter if prompt_sha256 is None else prompt_sha256
