@@ -278,6 +278,31 @@ def test_earlier_weights_of_a_request_that_was_revoked_and_trained_anew_are_not_
         ledger.check_not_revoked("1", old)
 
 
+def test_earlier_weights_of_a_request_that_was_revoked_are_not_served_under_another_name(path):
+    ledger, first, second = Ledger(path), "12" * 32, "34" * 32
+    for sha in (first, second):
+        for event in ("trained", "served"):
+            ledger.append(LedgerEvent(event, "1", prompt_sha256=sha))
+    ledger.append(LedgerEvent("received", "2"))
+    for sha in (SHA, first):
+        ledger.append(LedgerEvent("trained", "3", prompt_sha256=sha))
+    ledger.append(LedgerEvent("trained", "3", prompt_sha256=SHA))
+    ledger.check_not_revoked("2", first)
+    ledger.append(LedgerEvent("revoked", "1"))
+    for sha in (first, second):
+        says = rf"'1' was revoked on 2.*, and '2' has the same weights, of SHA-256 {sha}.* trained --request 2 .*"
+        with pytest.raises(ValueError, match=f"{says} --event received --request 1$"):
+            ledger.check_not_revoked("2", sha)
+    ledger.check_not_revoked("2", SHA)
+    ledger.check_not_revoked("3", first)  # which had them, too, and may go back to them
+    ledger.append(LedgerEvent("trained", "1", prompt_sha256=second))
+    ledger.check_not_revoked("2", second)
+    with pytest.raises(ValueError, match=r"'1' was revoked on .* trained --request 2 --adapter FOLDER$"):
+        ledger.check_not_revoked("2", first)
+    ledger.append(LedgerEvent("trained", "2", prompt_sha256=first))
+    ledger.check_not_revoked("2", first)
+
+
 @pytest.mark.parametrize("retrained", [SHA, None])
 def test_weights_that_are_not_known_count_as_earlier_ones_of_a_request_that_was_trained_anew(path, retrained):
     ledger = Ledger(path)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import hashlib
 import os
-import shlex
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +17,7 @@ from .ledger_events import FOLLOWING, RECOVERED, REOPENING, LedgerEntry, LedgerE
 from .ledger_file import append_bytes, last_line, sync_folder
 from .ledger_lines import LedgerFault, chain, entry_of, next_line, remarks
 from .ledger_states import RequestState
+from .ledger_withdrawn import command, why_withdrawn
 from .messages import warn
 
 SECONDS = 60  # that a writer waits for another
@@ -162,7 +162,7 @@ class Ledger:
             f"the ledger {str(self.path)!r} knows no request {request!r}"
             + (f"; did you mean {' or '.join(map(repr, near))}?" if near else ".")
             + " Give the name of the request, which is also that of its prompt where it is served. A new request is "
-            f"noted first: {self._command('received', request)}"
+            f"noted first: {command(self.path, 'received', request)}"
         )
 
     def check_name(self, request: str) -> None:
@@ -199,7 +199,7 @@ class Ledger:
         return {entry.request for entry in found if entry.request}
 
     def check_not_revoked(self, request: str, prompt_sha256: str | None = None, has_weights: bool = True) -> None:
-        """Raise if a request was revoked, or its prompt has the weights of one that was.
+        """Raise if a request was revoked, or its prompt has weights of one that was, also of one trained anew since.
 
         The same weights may stand for several requests, each of which the ledger then knows by them.
 
@@ -213,48 +213,9 @@ class Ledger:
             ValueError: if it was, or the chain is broken.
         """
         states = self.states() if self.path.exists() else {}
-        own = states.get(request)
-        is_replaced = has_weights and own is not None and own.is_replaced(prompt_sha256)
-        if own is not None and is_replaced and (prompt_sha256 or own.retrained or own.withdrawn):
-            raise ValueError(
-                f"the request {request!r} was revoked on {own.revocations[-1]} by the ledger {str(self.path)!r} and "
-                f"trained anew since, {self._of_new_weights(own, prompt_sha256)}"
-            )
-        if own is not None and own.revoked is not None:
-            withdrawn, which = own, ""
-        else:
-            known = prompt_sha256 is None or (own is not None and own.prompt_sha256 == prompt_sha256)
-            same = [one for one in states.values() if one.revoked is not None and one.prompt_sha256 == prompt_sha256]
-            if known or not same:
-                return
-            withdrawn, which = same[0], f", and {request!r} has the same weights"
-        raise ValueError(
-            f"the request {withdrawn.request!r} was revoked on {withdrawn.revoked} by the ledger "
-            f"{str(self.path)!r}{which}: its prompt is not served. Leave it out; if it is to be served again, note "
-            f"that first: {self._command('received', withdrawn.request)}"
-        )
-
-    def _of_new_weights(self, state: RequestState, prompt_sha256: str | None) -> str:
-        """As which prompt a request was trained anew, and what to do with one of these weights, in words."""
-        note = f"{self._command('trained', state.request)} --adapter FOLDER"
-        if prompt_sha256 is None:
-            return (
-                "and this prompt's weights may be those from before: its record lacks their SHA-256 "
-                "(weights_sha256). Serve the new one; if this is the new one, save it again, by save_pretrained, "
-                f"which records it, and note that: {note}"
-            )
-        if state.retrained is None:
-            return (
-                f"by an entry without the SHA-256 of its weights; this prompt has {prompt_sha256}, as the request "
-                f"had before. Serve the new one; if this is the new one, note that first: {note}"
-            )
-        return f"with weights of SHA-256 {state.retrained}; this prompt has {prompt_sha256}. Serve the new one."
-
-    def _command(self, event: str, request: str) -> str:
-        """The command that notes an event of a request."""
-        return (
-            f"spul ledger add --ledger {shlex.quote(str(self.path))} --event {event} --request {shlex.quote(request)}"
-        )
+        reason = why_withdrawn(self.path, states, request, prompt_sha256, has_weights)
+        if reason is not None:
+            raise ValueError(reason)
 
     def head(self) -> str:
         """Digest of the last entry, to be noted elsewhere.

@@ -136,6 +136,12 @@ class RequestState:
             return prompt_sha256 is None or prompt_sha256 in self.withdrawn
         return prompt_sha256 != self.retrained
 
+    def has_withdrawn(self, prompt_sha256: str) -> bool:
+        """Whether weights are some that it had before, where it is revoked, or was trained anew since as others."""
+        if self.revoked is not None:
+            return prompt_sha256 in self.weights
+        return prompt_sha256 in self.withdrawn and self.is_replaced(prompt_sha256)
+
     def _add_prompt(self, entry: LedgerEntry) -> None:
         """Take into account of which prompt an entry is: of another than the last, only what the entry itself says."""
         found = {name: entry.fields.get(name) for name in ("prompt_sha256", "base_fingerprint", "gate")}
