@@ -167,6 +167,24 @@ def test_a_request_whose_prompt_was_withdrawn_is_one_again_by_its_refusal_and_th
         ledger.check_not_revoked("2026-017", trained.prompt_sha256)
 
 
+def test_a_request_that_is_revoked_while_its_gate_is_fit_stays_so_and_the_refusal_is_saved(
+    folder, monkeypatch, capsys
+):
+    ledger, fit_gate = Ledger(folder / "ledger.jsonl"), TextGate.fit
+    ledger.append(LedgerEvent("received", "1"))
+
+    def fit_and_revoke(*args, **kwargs):
+        Ledger(ledger.path).append(LedgerEvent("revoked", "1"))
+        return fit_gate(*args, **kwargs)
+
+    monkeypatch.setattr(TextGate, "fit", fit_and_revoke)
+    with pytest.raises(ValueError, match=rf"{folder / 'refusal'} is saved, but not noted: .*'1' was revoked on 2"):
+        fit(options_for(folder, ledger=ledger.path, request="1"))
+    assert [entry.event for entry in ledger.entries()] == ["received", "revoked"]
+    assert (folder / "refusal" / "gate").is_dir()
+    assert capsys.readouterr().out.endswith(f"saved: {folder / 'refusal'}\n")
+
+
 def test_it_is_made_evaluated_and_served_by_three_commands(folder, capsys, few_resamples):
     base, made, ledger = str(folder / "base"), str(folder / "refusal"), str(folder / "ledger.jsonl")
     forget, retain = (str(folder / f"{name}.jsonl") for name in ("forget", "retain"))

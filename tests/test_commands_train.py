@@ -29,7 +29,7 @@ from spul.data.prompt_files import read_prompts
 from spul.models.compat import is_quantized
 from spul.prompts import DiscriminativeStart, NearStart, starts
 from spul.prompts.configs import prompt_config
-from spul.records import Ledger, fingerprint, make_digest_key
+from spul.records import Ledger, LedgerEvent, fingerprint, make_digest_key
 from spul.records.spul_config import read_spul_config
 
 LOGS: list[dict[str, float]] = []
@@ -96,6 +96,34 @@ def test_the_trained_prompt_is_noted_in_the_ledger(files, tmp_path):
     assert (entry.event, entry.request, entry.fields["rows"]["rows"]) == ("trained", "2026-017", 6)
     assert entry.fields["prompt_sha256"] == record.weights_sha256
     assert entry.fields["base_fingerprint"] == record.base_fingerprint == fingerprint(build("llama"))
+
+
+def test_a_request_that_is_revoked_while_its_prompt_is_trained_stays_so_and_the_prompt_is_saved(
+    files, tmp_path, monkeypatch, capsys
+):
+    ledger, train = Ledger(tmp_path / "ledger.jsonl"), UnlearningTrainer.train
+    for event in ("received", "revoked"):
+        ledger.append(LedgerEvent(event, "1"))
+
+    def train_and_revoke(self, **kwargs):
+        train(self, **kwargs)
+        for event in ("received", "revoked"):
+            Ledger(ledger.path).append(LedgerEvent(event, "1"))
+
+    monkeypatch.setattr(UnlearningTrainer, "train", train_and_revoke)
+    says = (
+        rf"{tmp_path / 'out'} is saved, but not noted: the request '1' was revoked on 2.*--event trained --request 1"
+    )
+    with pytest.raises(ValueError, match=says):
+        trained(files, tmp_path / "out", ledger=ledger.path, request="1")
+    assert ledger.states()["1"].revoked is not None
+    said = capsys.readouterr().out
+    assert "test_forget: accuracy " in said
+    assert said.endswith(f"saved: {tmp_path / 'out'}\n")
+    monkeypatch.undo()
+    trained(files, tmp_path / "anew", ledger=ledger.path, request="1")  # begun after the withdrawal
+    assert ledger.states()["1"].revoked is None
+    ledger.append(LedgerEvent.of_adapter("trained", "1", tmp_path / "out"))  # by hand: the prompt is whole
 
 
 def test_the_prompt_is_uploaded_with_its_scores_if_asked_for(files, tmp_path, monkeypatch):

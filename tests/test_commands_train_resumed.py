@@ -10,6 +10,7 @@ import pytest
 from command_files import trained, write_files
 
 from spul.prompts import DiscriminativeStart
+from spul.records import Ledger, LedgerEvent
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +35,21 @@ def test_a_resumed_training_fits_no_keys_and_ends_as_if_it_were_never_interrupte
     trained(files, tmp_path, resume="true", **more)
     assert capsys.readouterr().out.startswith("start: the prompt of the checkpoint\n")
     assert (tmp_path / "adapter_model.safetensors").read_bytes() == whole
+
+
+def test_a_training_is_not_resumed_for_a_request_that_is_revoked(files, tmp_path):
+    """It may have begun before, and would make it a request again."""
+    more = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1, "request": "1"}
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    trained(files, tmp_path / "out", ledger=ledger.path, **more)
+    ledger.append(LedgerEvent("revoked", "1"))
+    with pytest.raises(
+        ValueError, match=r"'1' was revoked on 2.* that is to be resumed.*--event received --request 1"
+    ):
+        trained(files, tmp_path / "out", ledger=ledger.path, resume="true", **{**more, "model": "no-base"})
+    ledger.append(LedgerEvent("received", "1"))
+    trained(files, tmp_path / "out", ledger=ledger.path, resume="true", **more)
+    assert [entry.event for entry in ledger.entries()] == ["trained", "revoked", "received", "trained"]
 
 
 def test_a_resumed_training_goes_on_from_its_checkpoint(files, tmp_path):

@@ -71,36 +71,6 @@ def test_rows_counted_without_the_owners_key_leave_the_digest_of_the_rows_that_w
     assert ledger.states()["1"].rows == anew
 
 
-@pytest.mark.parametrize("event", ["received", "trained"])
-def test_a_revoked_request_is_one_again_once_it_is_received_or_trained_anew(path, event):
-    ledger, other = Ledger(path), "ef" * 32
-    ledger.check_not_revoked("1", SHA)  # there is no file
-    for name, sha in (("1", SHA), ("2", other), ("3", SHA)):
-        ledger.append(LedgerEvent("received", name))
-        ledger.append(LedgerEvent("served", name, prompt_sha256=sha))
-    ledger.check_not_revoked("1", SHA)
-    ledger.append(LedgerEvent("revoked", "1"))
-    ledger.append(LedgerEvent("answered", "1"))  # of a request that was under way
-    for sha in (SHA, other, None):
-        with pytest.raises(ValueError, match=r"'1' was revoked on 2.*--event received --request 1"):
-            ledger.check_not_revoked("1", sha)
-    with pytest.raises(ValueError, match=r"'1' was revoked .*, and 'renamed' has the same weights.*--request 1"):
-        ledger.check_not_revoked("renamed", SHA)
-    ledger.check_not_revoked("3", SHA)  # another request, which the ledger knows by the same weights
-    ledger.check_not_revoked("2", other)
-    ledger.check_not_revoked("new", None)
-    ledger.append(LedgerEvent(event, "1", prompt_sha256=SHA))
-    ledger.check_not_revoked("1", SHA)
-    ledger.append(LedgerEvent("served", "1"))
-    state = ledger.states()["1"]
-    assert not state.served_again
-    assert (state.answered, state.answered_after) == (1, 1)
-    assert "answers under it: 1, 1 of them after it was revoked" in state.in_words()
-    path.write_bytes(path.read_bytes().replace(b'"request": "2"', b'"request": "4"'))
-    with pytest.raises(ValueError, match=r"not a whole ledger: line 3: it was edited: .* not [0-9a-f]{12}\.$"):
-        ledger.check_not_revoked("2")
-
-
 def test_a_prompt_that_is_another_than_the_evaluated_one_is_said_until_it_is_evaluated(path):
     ledger, other = Ledger(path), "cd" * 32
     ledger.append(LedgerEvent("trained", "1", prompt_sha256=SHA))
@@ -264,89 +234,6 @@ def test_the_times_of_revocations_and_what_was_trained_since_the_last_are_known(
     second = ledger.append(LedgerEvent("revoked", "1"))
     ledger.append(LedgerEvent("trained", "1", prompt_sha256=SHA))
     assert (ledger.states()["1"].retrained, ledger.states()["1"].revocations) == (SHA, [first.at, second.at])
-
-
-def test_earlier_weights_of_a_request_that_was_revoked_and_trained_anew_are_not_served(path):
-    ledger, old = Ledger(path), "12" * 32
-    ledger.append(LedgerEvent("trained", "1", prompt_sha256=SHA))
-    ledger.append(LedgerEvent("trained", "1", prompt_sha256=old))
-    ledger.check_not_revoked("1", SHA)  # trained twice, revoked never
-    ledger.append(LedgerEvent("revoked", "1"))
-    ledger.append(LedgerEvent("trained", "1", prompt_sha256=SHA))
-    ledger.check_not_revoked("1", SHA)
-    with pytest.raises(ValueError, match="trained anew"):
-        ledger.check_not_revoked("1", old)
-
-
-def test_earlier_weights_of_a_request_that_was_revoked_are_not_served_under_another_name(path):
-    ledger, first, second = Ledger(path), "12" * 32, "34" * 32
-    for sha in (first, second):
-        for event in ("trained", "served"):
-            ledger.append(LedgerEvent(event, "1", prompt_sha256=sha))
-    ledger.append(LedgerEvent("received", "2"))
-    for sha in (SHA, first):
-        ledger.append(LedgerEvent("trained", "3", prompt_sha256=sha))
-    ledger.append(LedgerEvent("trained", "3", prompt_sha256=SHA))
-    ledger.check_not_revoked("2", first)
-    ledger.append(LedgerEvent("revoked", "1"))
-    for sha in (first, second):
-        says = rf"'1' was revoked on 2.*, and '2' has the same weights, of SHA-256 {sha}.* trained --request 2 .*"
-        with pytest.raises(ValueError, match=f"{says} --event received --request 1$"):
-            ledger.check_not_revoked("2", sha)
-    ledger.check_not_revoked("2", SHA)
-    ledger.check_not_revoked("3", first)  # which had them, too, and may go back to them
-    ledger.append(LedgerEvent("trained", "1", prompt_sha256=second))
-    ledger.check_not_revoked("2", second)
-    with pytest.raises(ValueError, match=r"'1' was revoked on .* trained --request 2 --adapter FOLDER$"):
-        ledger.check_not_revoked("2", first)
-    ledger.append(LedgerEvent("trained", "2", prompt_sha256=first))
-    ledger.check_not_revoked("2", first)
-
-
-@pytest.mark.parametrize("retrained", [SHA, None])
-def test_weights_that_are_not_known_count_as_earlier_ones_of_a_request_that_was_trained_anew(path, retrained):
-    ledger = Ledger(path)
-    for name, sha in (("1", "12" * 32), ("2", "34" * 32), ("3", None)):
-        ledger.append(LedgerEvent("trained", name, prompt_sha256=sha))
-    for name in ("1", "3"):
-        ledger.append(LedgerEvent("revoked", name))
-    ledger.append(LedgerEvent("received", "1"))
-    ledger.check_not_revoked("1")  # not trained anew
-    ledger.append(LedgerEvent("trained", "1", prompt_sha256=retrained))
-    says = r"'1' was revoked on 2.* lacks their SHA-256 .*--ledger \S+ --event trained --request 1 --adapter FOLDER$"
-    with pytest.raises(ValueError, match=says):
-        ledger.check_not_revoked("1")
-    ledger.check_not_revoked("1", has_weights=False)
-    ledger.append(LedgerEvent("trained", "3"))
-    for name in ("2", "3", "new"):  # never replaced; trained anew, and no entry has weights to tell by; not there
-        ledger.check_not_revoked(name)
-    ledger.append(LedgerEvent("revoked", "1"))
-    with pytest.raises(ValueError, match="'1' was revoked on 2"):
-        ledger.check_not_revoked("1", has_weights=False)
-
-
-def test_where_an_entry_does_not_say_what_was_trained_anew_earlier_weights_are_not_served(path):
-    ledger, first, new = Ledger(path), "12" * 32, "34" * 32
-    for sha in (first, SHA):
-        ledger.append(LedgerEvent("trained", "1", prompt_sha256=sha))
-    ledger.append(LedgerEvent("trained", "1"))
-    assert not ledger.states()["1"].is_replaced(None)  # never revoked
-    ledger.append(LedgerEvent("revoked", "1"))
-    ledger.append(LedgerEvent("received", "1"))
-    assert not ledger.states()["1"].is_replaced(SHA)  # not trained anew
-    ledger.append(LedgerEvent("trained", "1"))
-    for sha in (first, SHA):
-        with pytest.raises(ValueError, match=rf"without the SHA-256 of its weights; this prompt has {sha}.*--adapter"):
-            ledger.check_not_revoked("1", sha)
-    ledger.check_not_revoked("1", new)
-    ledger.append(LedgerEvent("served", "1", prompt_sha256=new))
-    state = ledger.states()["1"]
-    assert [state.is_replaced(sha) for sha in (first, SHA, new, None)] == [True, True, False, True]
-    ledger.append(LedgerEvent("trained", "1", prompt_sha256=SHA))
-    ledger.check_not_revoked("1", SHA)
-    for event in ("revoked", "trained"):
-        ledger.append(LedgerEvent(event, "1"))
-    assert ledger.states()["1"].is_replaced(new)  # by now one of before, too
 
 
 def test_an_entry_in_words_says_all_that_it_holds(path):

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from .command import Command, printable
-from .shared import LoadOptions, check_files, ledger_for, option
+from .noting import ledger_for
+from .shared import LoadOptions, check_files, option
 
 
 @dataclass(kw_only=True)
@@ -143,9 +144,11 @@ def fit(options: FitOptions) -> int | None:
     Raises:
         FileExistsError: if the folder for a refusal has files in it.
         FileNotFoundError: if a file is missing.
-        ValueError: if options or texts cannot be used.
+        ValueError: if options or texts cannot be used, or the request was revoked meanwhile, after its refusal is
+            saved.
     """
     check_fit(options)
+    at_work = ledger_for(options.ledger, options.request)
     _check_target(options)  # before minutes of fitting
     source = _Source(options, "prompt" if options.column is None else options.column)
     forget, retain, paraphrases = (
@@ -163,7 +166,9 @@ def fit(options: FitOptions) -> int | None:
         gate = _fitted(options, source, forget, retain, settings)
     said = _saved(gate, options)
     print(gate.report or "no report: give forget and retain requests to measure it on")
-    print("\n".join(said))
+    print("\n".join(said), flush=True)
+    if at_work is not None and options.output_dir is not None:
+        at_work.note_trained(options.output_dir)
     return None
 
 
@@ -185,10 +190,9 @@ def _check_target(options: FitOptions) -> None:
 
 
 def _saved(gate: Any, options: FitOptions) -> list[str]:
-    """Save a gate where `_check_target` found that it can be, and note a refusal in the ledger; lines to print."""
+    """Save a gate where `_check_target` found that it can be; lines to print."""
     from ..gates.gated_files import attach_gate
     from ..records.files import new_folder
-    from ..records.ledger_events import LedgerEvent
     from ..rivals.refusal import write_refusal
 
     if options.adapter is not None:
@@ -200,8 +204,6 @@ def _saved(gate: Any, options: FitOptions) -> list[str]:
     assert options.output_dir is not None
     with new_folder(options.output_dir) as scratch:
         write_refusal(scratch, gate, options.refusal)
-    if (ledger := ledger_for(options.ledger, options.request)) is not None and options.request is not None:
-        ledger.append(LedgerEvent.of_adapter("trained", options.request, options.output_dir))
     return [f"saved: {options.output_dir}"]
 
 

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
 
     from ..data.formats import PromptFormat
     from ..prompts.checkpoint import SavedPrompt
-    from ..records.ledger import Ledger
 
 
 logger = logging.getLogger(__name__)
@@ -211,33 +210,6 @@ def check_places(options: Any) -> None:
             check_can_hold(folder)
     if options.digest_key is not None:
         read_digest_key(options.digest_key)
-
-
-def ledger_for(path: str | None, request: str | None) -> Ledger | None:
-    """The ledger that gets an entry of what is made for a request; None without one.
-
-    Args:
-        path: its file.
-        request: the request's name.
-
-    Raises:
-        FileNotFoundError: if the file's folder does not exist.
-        ValueError: if one of both is not given, no prompt can be served by the name, or the ledger is damaged.
-    """
-    from ..records.ledger import Ledger
-    from ..records.ledger_events import LedgerEvent
-
-    if path is None and request is None:
-        return None
-    if path is None or request is None:
-        raise ValueError(
-            "--ledger and --request go together: the file, and the name of the request that is noted in it."
-        )
-    LedgerEvent("trained", request).to_dict()
-    ledger = Ledger(path)
-    ledger.check_goes_on()
-    ledger.check_name(request)
-    return ledger
 
 
 def saved_prompt(folder: str) -> SavedPrompt:

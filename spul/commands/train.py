@@ -7,8 +7,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
 from .command import Command
+from .noting import ledger_for
 from .rewriting import check_rewritten, rewritten_rows, ways_of
-from .shared import check_files, check_new_prompt, check_places, ledger_for
+from .shared import check_files, check_new_prompt, check_places
 from .train_options import TrainOptions
 
 if TYPE_CHECKING:
@@ -60,14 +61,13 @@ def run(options: TrainArguments) -> int | None:
 
     Raises:
         FileNotFoundError: if a file is missing.
-        ValueError: if rows or options cannot be used.
+        ValueError: if rows or options cannot be used, or the request was revoked meanwhile, after its prompt is saved.
     """
     from transformers import set_seed
 
     from ..data.dataset import forget_retain_dataset
     from ..models.compat import PartialState
     from ..prompts.unlearner import SoftPromptUnlearner
-    from ..records.ledger_events import LedgerEvent
     from ..training.methods import unlearning_method
     from ..training.rates import default_learning_rate
     from ..training.stopping import StopWhenForgotten
@@ -80,8 +80,10 @@ def run(options: TrainArguments) -> int | None:
     )
     if options.generic is None and not method.loss.forget.makes_unlikely and method.alternates is None:
         raise ValueError(f"{options.method} trains generic answers; give some: --generic ' neutral' ' unknown'.")
-    ledger = ledger_for(options.ledger, options.request)
+    at_work = ledger_for(options.ledger, options.request)
     _check_no_run(options)
+    if at_work is not None and _resumes(options):
+        at_work.check_stands()
     tests = {
         name: options.rows(files, name == "test_forget")
         for name, files in (("test_forget", options.test_forget), ("test_retain", options.test_retain))
@@ -135,11 +137,11 @@ def run(options: TrainArguments) -> int | None:
     if trainer.is_world_process_zero():
         unlearner.save_pretrained(options.output_dir)
         tokenizer.save_pretrained(options.output_dir)
-        if ledger is not None and options.request is not None:
-            ledger.append(LedgerEvent.of_adapter("trained", options.request, options.output_dir))
         for line in scores:
             print(line)
-        print(f"saved: {options.output_dir}")
+        print(f"saved: {options.output_dir}", flush=True)
+        if at_work is not None:
+            at_work.note_trained(options.output_dir)
     if options.push_to_hub:
         trainer.push_to_hub()  # all processes save the model in it
     return None

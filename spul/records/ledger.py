@@ -6,17 +6,17 @@ import difflib
 import hashlib
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from filelock import BaseFileLock, FileLock
 
-from .fields import is_sha256
+from .fields import is_count, is_sha256
 from .ledger_events import FOLLOWING, RECOVERED, REOPENING, LedgerEntry, LedgerEvent, name_fault
 from .ledger_file import append_bytes, last_line, sync_folder
 from .ledger_lines import LedgerFault, chain, entry_of, next_line, remarks
-from .ledger_states import RequestState
+from .ledger_states import RequestState, states_of
 from .ledger_withdrawn import command, why_withdrawn
 from .messages import warn
 
@@ -58,11 +58,14 @@ class Ledger:
         self._known: set[str] = set()  # names of requests that were found in the file, to which entries are only added
         self._newest: LedgerEntry | None = None  # the last that this object has found or written
 
-    def append(self, event: LedgerEvent) -> LedgerEntry:
+    def append(self, event: LedgerEvent, revocations: int | None = None) -> LedgerEntry:
         """Write an event at the end of the chain.
 
         Args:
             event: the event; the entry's time is now.
+            revocations: how often its request had been revoked (`revocations`) when the work began of which the event
+                is. A request that is revoked by now, and was not as often then, gets no entry, which might make it
+                one again. None (default) asks for nothing.
 
         Returns:
             The entry.
@@ -71,8 +74,8 @@ class Ledger:
             FileNotFoundError: if the file's folder does not exist, or the file is gone in which requests were found.
             ValueError: if a field of the event is out of range, the event is `served`, `answered`, `stopped` or
                 `revoked` of a request that no entry names, or `received` or `trained` of a new one by whose name no
-                prompt can be served, the last line is no entry of a ledger, or entries that this object has found or
-                written are missing.
+                prompt can be served, the last line is no entry of a ledger, entries that this object has found or
+                written are missing, or the request was revoked while the work was done.
             TimeoutError: if another writer holds the lock for a minute.
 
         Warns:
@@ -80,6 +83,8 @@ class Ledger:
         """
         if not isinstance(event, LedgerEvent):
             raise TypeError(f"event is a {type(event).__name__}; expected LedgerEvent(...).")
+        if revocations is not None and not is_count(revocations):
+            raise ValueError(f"revocations={revocations!r}; expected a number, as Ledger.revocations returns it.")
         fields = event.to_dict()
         self._check_folder()  # a lock would make it
         if event.request is not None:
@@ -94,6 +99,8 @@ class Ledger:
                 last, torn = last_line(file)
                 previous, whole = self._last_entry(last), entry_of(torn)
                 self._check_continues(whole or previous)
+                if revocations is not None:
+                    self._check_not_revoked_since(revocations, event)
                 text, end = b"", file.seek(0, os.SEEK_END)
                 if whole is not None:  # only its line break is missing
                     previous, text = whole, b"\n"
@@ -140,11 +147,19 @@ class Ledger:
         Raises:
             FileNotFoundError, ValueError: as `entries`.
         """
-        found: dict[str, RequestState] = {}
-        for entry in self._read():
-            if entry.request is not None:
-                found.setdefault(entry.request, RequestState(entry.request)).add(entry)
-        return found
+        return states_of(self._read())
+
+    def revocations(self, request: str) -> int:
+        """How often a request was revoked by now: for `append`, when work begins that it is to be told of.
+
+        Args:
+            request: its name, also one that no entry names.
+
+        Raises:
+            ValueError: if the chain is broken.
+        """
+        state = self.states().get(request) if self.path.exists() else None
+        return 0 if state is None else len(state.revocations)
 
     def check_known(self, request: str) -> None:
         """Raise unless some entry names a request: one that is served or revoked under another name is a mistake.
@@ -264,9 +279,22 @@ class Ledger:
         """
         return list(remarks(self._read()))
 
-    def _read(self) -> Iterator[LedgerEntry]:
+    def _check_not_revoked_since(self, revocations: int, event: LedgerEvent) -> None:
+        """Raise if the request of an event is revoked, and was not as often before; within the lock of a writer."""
+        *lines, torn = self.path.read_bytes().split(b"\n")
+        whole = [*lines, torn] if entry_of(torn) is not None else lines
+        state = states_of(self._read(whole)).get(event.request or "")
+        if state is not None and state.revoked is not None and len(state.revocations) > revocations:
+            raise ValueError(
+                f"the request {state.request!r} was revoked on {state.revoked} by the ledger {str(self.path)!r}, "
+                f"after the work began that {event.event!r} is of: no entry is written, and it stays revoked. If it "
+                "is to be one again, note that by hand, as received, or with what was made: "
+                f"{command(self.path, 'trained', state.request)} --adapter FOLDER"
+            )
+
+    def _read(self, lines: Sequence[bytes] | None = None) -> Iterator[LedgerEntry]:
         """The entries, one at a time: a ledger of a server has as many as there were answers."""
-        for one in chain(self._lines()[0]):
+        for one in chain(self._lines()[0] if lines is None else lines):
             if isinstance(one, LedgerFault):
                 raise ValueError(f"{str(self.path)!r} is not a whole ledger: {str(one).rstrip('.')}.")
             yield one

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -213,6 +213,19 @@ class RequestState:
             # What another request's gate flags, as where both name a person, is answered under that one.
             return f"revoked since {self.revoked}: the base answers again what no other gate flags"
         return "no longer served" if self.served else "never served"
+
+
+def states_of(entries: Iterable[LedgerEntry]) -> dict[str, RequestState]:
+    """Each request as entries leave it, by its name.
+
+    Args:
+        entries: those of a ledger, in order.
+    """
+    found: dict[str, RequestState] = {}
+    for entry in entries:
+        if entry.request is not None:
+            found.setdefault(entry.request, RequestState(entry.request)).add(entry)
+    return found
 
 
 def entry_in_words(entry: LedgerEntry) -> list[str]:
