@@ -7,18 +7,23 @@ import shutil
 import pytest
 import torch
 from helpers import (
+    CONFIGS,
+    arguments,
     assert_same,
     build,
+    make_collator,
     make_dataset,
     make_trainer,
+    make_unlearner,
     prompt_state,
     rows,
 )
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import TrainerCallback
 
-from spul import SoftPromptUnlearner
+from spul import SoftPromptUnlearner, UnlearningLoss, UnlearningTrainer
 from spul.data.dataset import forget_retain_dataset
+from spul.models.noise import zero_dropout
 from spul.training.resuming import last_complete_checkpoint
 
 RESUMED = (  # forget_fraction, workers, sampling strategy, whether retain rows have weights
@@ -87,6 +92,75 @@ def test_the_best_checkpoint_is_put_back(tmp_path, prompt_type):
     assert trainer.evaluate()["eval_forget_loss"] == pytest.approx(min(measured.values()), rel=1e-5)
 
 
+# Names of the adapters in the order they are added, and the one that trains.
+SEVERAL = [(("jane",), "jane"), (("default", "other"), "other"), (("default", "other"), "default")]
+
+
+def trainer_of_several(folder, kind, names, active):
+    """Of prompts or LoRA, saved after every step; the evaluated loss rises, so that the first step is the best."""
+    base, config = build("llama"), LoraConfig(task_type="CAUSAL_LM") if kind == "lora" else CONFIGS[kind](4)
+    torch.manual_seed(3)
+    if kind == "lora":
+        zero_dropout(base)
+        model = get_peft_model(base, config, adapter_name=names[0])
+    else:
+        model = SoftPromptUnlearner(base, config, adapter_name=names[0])
+    for name in names[1:]:
+        model.add_adapter(name, config)
+    model.set_adapter(active)
+    settings = {"max_steps": 3, "learning_rate": 0.1, "save_strategy": "steps", "save_steps": 1}
+    settings |= {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True}
+    settings |= {"metric_for_best_model": "eval_rising", "greater_is_better": False}
+    loss = UnlearningLoss(beta=0.0) if kind == "lora" else None
+    trainer = UnlearningTrainer(
+        model, arguments(folder, **settings), make_collator(), make_dataset(), rows("jane", 3), loss=loss
+    )
+    kept = Kept()
+    trainer.add_callback(kept)
+    return trainer, kept
+
+
+class Kept(TrainerCallback):
+    """Keeps all adapters after every step, and reports a metric that rises."""
+
+    def __init__(self):
+        self.after = {}
+
+    def on_step_end(self, args, state, control, model, **kwargs):
+        self.after[state.global_step] = adapter_state(model)
+
+    def on_evaluate(self, args, state, control, metrics, **kwargs):
+        metrics["eval_rising"] = float(state.global_step)
+
+
+def adapter_state(model):
+    own = ("prompt_encoder", "lora_")
+    return {name: p.detach().clone() for name, p in model.named_parameters() if any(part in name for part in own)}
+
+
+@pytest.mark.parametrize("kind", ["p_tuning", "lora"])
+@pytest.mark.parametrize(("names", "active"), SEVERAL)
+def test_the_adapter_that_trains_is_restored_from_its_own_folder(tmp_path, kind, names, active):
+    whole, kept = trainer_of_several(tmp_path, kind, names, active)
+    whole.train()
+    assert whole.state.best_model_checkpoint.endswith("checkpoint-1")
+    assert_same(adapter_state(whole.model), kept.after[1], rtol=0, atol=0)
+    assert any(not torch.equal(kept.after[1][name], kept.after[3][name]) for name in kept.after[1])
+    assert whole.model.active_adapters == [active]
+    again, resumed = trainer_of_several(tmp_path, kind, names, active)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert_same(resumed.after[3], kept.after[3], rtol=0, atol=0)
+
+
+def test_a_checkpoint_without_the_adapter_that_trains_is_refused(tmp_path):
+    trainer_of_several(tmp_path, "prompt_tuning", ("default", "other"), "other")[0].train()
+    trainer, _ = trainer_of_several(tmp_path, "prompt_tuning", ("jane",), "jane")
+    before = prompt_state(trainer.model)
+    with pytest.raises(ValueError, match=r"no adapter 'jane', which trains; it holds \['other', 'default'\]"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert_same(prompt_state(trainer.model), before, rtol=0, atol=0)
+
+
 def test_a_run_killed_while_it_saves_goes_on_from_the_checkpoint_before(tmp_path, caplog, monkeypatch):
     """A copy of the folder in the middle of the third save is what SIGKILL would leave there."""
     killed, really = tmp_path / "killed", torch.save
@@ -145,6 +219,7 @@ INCOMPLETE = {  # what happened to a checkpoint, and what is said of it
     "no schedule": (without("scheduler.pt"), "it has no state of the schedule"),
     "half an optimizer": (half("optimizer.pt"), r"optimizer\.pt is damaged or was cut short"),
     "half of the random state": (half("rng_state.pth"), r"rng_state\.pth is damaged or was cut short"),
+    "half of another prompt": (half("jane/adapter_model.safetensors"), r"adapter_model\.safetensors is damaged"),
     "half a prompt": (half("adapter_model.safetensors"), r"adapter_model\.safetensors is damaged or was cut short"),
     "no state": (without("trainer_state.json"), r"it has no trainer_state\.json that can be read"),
     "another state": (lambda folder: (folder / "trainer_state.json").write_text("[]"), "it has no trainer_state"),
@@ -154,9 +229,11 @@ INCOMPLETE = {  # what happened to a checkpoint, and what is said of it
 
 @pytest.fixture(scope="module")
 def twice(tmp_path_factory):
-    """A training with two checkpoints."""
+    """A training with two checkpoints, of two prompts."""
     folder = tmp_path_factory.mktemp("twice")
-    make_trainer(folder, max_steps=2, save_strategy="steps", save_steps=1).train()
+    unlearner = make_unlearner()
+    unlearner.add_adapter("jane", CONFIGS["prompt_tuning"](4))
+    make_trainer(folder, unlearner=unlearner, max_steps=2, save_strategy="steps", save_steps=1).train()
     return folder
 
 

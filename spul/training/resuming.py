@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from transformers import TrainingArguments
 
@@ -20,6 +21,7 @@ from ..data.collator import ForgetRetainCollator
 from ..losses.multiplier import RetainMultiplier
 from ..losses.unlearning_loss import UnlearningLoss
 from ..models.compat import CHECKPOINT_PREFIX
+from ..prompts.checkpoint import CONFIG_NAME, folder_of
 from ..records.digests import digest_of_tokenizer
 from .row_digest import plain
 
@@ -184,6 +186,39 @@ def check_resumes(checkpoint: str | os.PathLike, identity: Mapping[str, Any]) ->
         )
 
 
+def load_trained(trainer: Any, checkpoint: str | os.PathLike) -> bool:
+    """Restore layers, or the adapters that train, from a checkpoint; False where `Trainer` has to restore.
+
+    `Trainer` looks for the adapter that trains in the checkpoint itself, where PEFT saves the one named "default", and
+    every other in a folder of its own. Adapters that do not train stay as they are.
+
+    Args:
+        trainer: the `UnlearningTrainer`.
+        checkpoint: folder.
+
+    Raises:
+        ValueError: if the checkpoint lacks an adapter that trains.
+    """
+    model = trainer.model
+    if trainer.unlearner.has_own_checkpoint:
+        trainer.unlearner.load_checkpoint(checkpoint)
+        return True
+    if trainer.is_deepspeed_enabled or not isinstance(model, PeftModel):
+        return False
+    own = {name: Path(checkpoint, folder_of(name)) for name in model.active_adapters}
+    for name, folder in own.items():
+        if not (folder / CONFIG_NAME).is_file():
+            found = [path.parent.name for path in sorted(Path(checkpoint).glob(f"*/{CONFIG_NAME}"))]
+            found += ["default"] if Path(checkpoint, CONFIG_NAME).is_file() else []
+            raise ValueError(
+                f"{str(checkpoint)!r} holds no adapter {name!r}, which trains; it holds {found}. Name the adapter as "
+                "it was saved, or train from the start in another folder."
+            )
+    for name, folder in own.items():
+        model.load_adapter(str(folder), name, is_trainable=True)
+    return True
+
+
 def _fault(checkpoint: Path) -> str | None:
     """The part that a folder lacks to be resumed from; None if it is a complete checkpoint."""
     if not checkpoint.is_dir():
@@ -197,7 +232,7 @@ def _fault(checkpoint: Path) -> str | None:
     for path in sorted([*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth")]):
         if not zipfile.is_zipfile(path):  # as `torch.save` writes, whose table of contents stands at the end
             return f"{path.name} is damaged or was cut short"
-    for path in sorted(checkpoint.glob("*.safetensors")):
+    for path in sorted(checkpoint.rglob("*.safetensors")):  # adapters of other names have folders of their own
         try:
             with safe_open(path, framework="pt"):
                 pass

@@ -40,7 +40,7 @@ from .checks import (
 )
 from .options import check_dispatch, check_training_order, is_stream, refuse_options
 from .reference import ReferenceCache
-from .resuming import IDENTITY, check_resumes, identity_of, last_complete_checkpoint, saving_into
+from .resuming import IDENTITY, check_resumes, identity_of, last_complete_checkpoint, load_trained, saving_into
 from .steps import SteppingTrainer
 from .training_rows import TrainingRows
 
@@ -376,17 +376,13 @@ class UnlearningTrainer(SteppingTrainer):
             super()._run_epoch(*args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if not self.unlearner.has_own_checkpoint:
+        if not load_trained(self, resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
-        else:
-            self.unlearner.load_checkpoint(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         self._evaluated_weights()  # as those were that are loaded; a later evaluation would change them otherwise
-        if not self.unlearner.has_own_checkpoint:
+        if not load_trained(self, self.state.best_model_checkpoint or "."):
             super()._load_best_model()
-        else:
-            self.unlearner.load_checkpoint(self.state.best_model_checkpoint or ".")
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write `Trainer`'s model card, which `push_to_hub` does, where the model writes none of its own."""
