@@ -7,6 +7,7 @@ dictionaries read here are private to torch.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
@@ -23,6 +24,20 @@ def all_modules(model: nn.Module) -> list[nn.Module]:
                 seen.add(child)
                 found.append(child)
     return found
+
+
+def with_evaluated(model: nn.Module, name: str) -> Any:
+    """A view of a model in which one part is in evaluation mode, of the same tensors; other threads keep the mode."""
+    view = copy.copy(model)
+    view._modules = {**model._modules, name: _evaluated(getattr(model, name))}
+    return view
+
+
+def _evaluated(module: nn.Module) -> nn.Module:
+    view = copy.copy(module)
+    view.training = False
+    view._modules = {name: None if part is None else _evaluated(part) for name, part in module._modules.items()}
+    return view
 
 
 def modules_with(model: nn.Module, name: str) -> list[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import os
 from collections.abc import Iterator, Sequence
@@ -10,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig, PeftModelForCausalLM, PeftType
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..data.checks import checked_list
 from ..models.compat_checkpointing import without_checkpointing
 from ..models.compat_devices import is_offloaded
+from ..models.compat_modules import with_evaluated
 from ..models.disabling import disabled_here, is_disabled_here
 from ..models.protocol import Unlearner
 from ..records.files import check_hub_arguments
@@ -188,7 +190,19 @@ class PromptAdapters(PeftModelForCausalLM, Unlearner):
         if selected_adapters is not None:
             for name in checked_list("selected_adapters", selected_adapters):
                 check_has_adapter(self, name)
-        checkpoint.save(self, super().save_pretrained, save_directory, selected_adapters, **kwargs)
+        view: Any = copy.copy(self)  # PEFT marks the configs as those of inference while it writes them
+        view.peft_config = {name: copy.copy(config) for name, config in self.peft_config.items()}
+        peft_save = super(PromptAdapters, view).save_pretrained
+        checkpoint.save(self, peft_save, save_directory, selected_adapters, **kwargs)
+
+    def get_prompt_embedding_to_save(self, adapter_name: str) -> Tensor:
+        """The rows (p, width) of a prompt as they are saved: its encoder's output, without `encoder_dropout`.
+
+        Args:
+            adapter_name: the prompt.
+        """
+        view = with_evaluated(self, "prompt_encoder")
+        return super(PromptAdapters, view).get_prompt_embedding_to_save(adapter_name)
 
     def push_to_hub(self, repo_id: str, *args: Any, **kwargs: Any) -> Any:
         """Upload what `save_pretrained` writes; see `PeftModel.push_to_hub`.

@@ -15,6 +15,7 @@ from transformers import RepetitionPenaltyLogitsProcessor as RepetitionPenalty
 
 from ..models.causal_lm import cache_switch, evaluation_mode, max_positions
 from ..models.compat_checkpointing import unswitched
+from ..models.compat_modules import with_evaluated
 from .arguments import (
     OF_THE_BATCH,
     changed_settings,
@@ -41,7 +42,7 @@ def generate_prompted(model: PeftModelForCausalLM, input_ids: Tensor | None, *ar
     check_rows(input_ids, kwargs.get("attention_mask"))
     base: Any = model.get_base_model()
     named = (kwargs.pop("adapter_names", None), kwargs.pop("prompt_position", None))
-    prompts = RowPrompts(model, len(input_ids), *named)
+    prompts = RowPrompts(with_evaluated(model, "prompt_encoder"), len(input_ids), *named)
     kwargs |= named_arguments(base.generate, args)
     own = model.__dict__.get("generation_config")  # set on the unlearner, as the base's would be
     kwargs["generation_config"] = kwargs.get("generation_config") or own
