@@ -1,10 +1,14 @@
 """Saving of a prompt that trains: no noise of its encoder in the file, and the prompt trains on, whatever happens."""
 
+import shutil
+
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import build, make_batch
 from peft import PromptEncoderConfig
 from safetensors.torch import load_file
+from torch.overrides import TorchFunctionMode
 
 from spul import SoftPromptUnlearner
 
@@ -72,3 +76,36 @@ def test_a_save_that_fails_leaves_the_prompt_as_it_was_and_others_never_see_its_
     assert SoftPromptUnlearner.from_pretrained(build("llama"), str(tmp_path)).eval()(**batch).loss == pytest.approx(
         expected.item(), rel=1e-5
     )
+
+
+def rounded(tensor):
+    """To 10 bits of mantissa, as TF32 takes factors of products."""
+    return ((tensor.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+
+class Rounded(TorchFunctionMode):
+    """Linear layers multiply as under TF32."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is F.linear:
+            args = (rounded(args[0]), rounded(args[1]), *args[2:])
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_prompt_that_another_device_rounded_trains_on_and_one_of_another_step_is_found(tmp_path):
+    config = PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=8, encoder_hidden_size=32)
+    torch.manual_seed(3)
+    model = SoftPromptUnlearner(build("llama"), config, start="random")
+    with Rounded():
+        model.save_pretrained(str(tmp_path))
+    saved = load_file(tmp_path / "adapter_model.safetensors")["prompt_embeddings"]
+    exact = model.get_prompt_embedding_to_save("default")
+    assert 1e-4 < (saved - exact).norm() / exact.norm() < 1e-3
+    model.load_adapter(str(tmp_path), "default", is_trainable=True)
+
+    model(**make_batch()).loss.backward()
+    torch.optim.AdamW(model.prompt_encoder.parameters(), lr=1e-4).step()
+    model.save_pretrained(str(tmp_path / "later"))
+    shutil.copy(tmp_path / "later" / "prompt_encoder.safetensors", tmp_path)
+    with pytest.raises(ValueError, match=r"does not belong to the adapter_model\.safetensors"):
+        model.load_adapter(str(tmp_path), "default", is_trainable=True)
