@@ -223,7 +223,7 @@ def test_a_base_that_an_adapter_of_others_rewrote_is_no_reference():
 
 
 @pytest.mark.parametrize("init", [True, False, "gaussian", "eva", "orthogonal", "mica"])
-def test_without_lora_that_leaves_the_base_the_model_is_the_base(init):
+def test_an_initialization_that_leaves_the_base_gives_it_back_without_the_adapter(init):
     ids = torch.arange(5, 15)[None]
     base = build("llama")
     expected = base(ids).logits

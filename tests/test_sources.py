@@ -113,7 +113,7 @@ def test_values_of_a_csv_are_texts_unless_python_writes_them_as_the_file_does(wr
 def test_whole_numbers_and_fractions_in_one_column_of_json_are_texts(written, found, name, tmp_path):
     rows = [f'{{"id": "x", "a": {one}}}' for one in written]
     (tmp_path / name).write_text("\n".join(rows) if name == "x.jsonl" else f"[{', '.join(rows)}]")
-    column = read_file(tmp_path / name)["a"][:]
+    column = read_file(tmp_path / name, as_written=True)["a"][:]
     assert column == found
     assert [type(one) for one in column] == [type(one) for one in found]
 
@@ -122,7 +122,12 @@ def test_whole_numbers_and_fractions_in_one_column_of_json_are_texts(written, fo
 def test_booleans_and_numbers_in_one_column_of_json_are_an_error_with_the_row(written, tmp_path):
     (tmp_path / "x.jsonl").write_text("".join(f'{{"a": {one}}}\n' for one in written))
     with pytest.raises(ValueError, match=r"x\.jsonl, row 2: a is \[?(True|3)\]?; expected either numbers or true and"):
-        read_file(tmp_path / "x.jsonl")
+        read_file(tmp_path / "x.jsonl", as_written=True)
+
+
+def test_numbers_of_json_are_numbers_where_no_template_writes_them(tmp_path):
+    (tmp_path / "x.jsonl").write_text('{"sampling_weight": 0.5}\n{"sampling_weight": 3}\n')
+    assert read_file(tmp_path / "x.jsonl")["sampling_weight"][:] == [0.5, 3.0]
 
 
 def test_a_column_is_forget_of_a_csv_is_read_in_any_case(tmp_path):

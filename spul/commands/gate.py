@@ -212,7 +212,7 @@ def check_texts(options: CheckOptions) -> None:
 
     Raises:
         FileNotFoundError: if the file is missing.
-        ValueError: if there are no requests, or a column without a file that has some.
+        ValueError: if there are no requests, or a column where no file has columns.
     """
     if not options.texts and options.file is None:
         raise ValueError("there is nothing to check; give texts, or a file of them.")

@@ -141,17 +141,15 @@ def check_instructions(tokenizer: Any, prompt: list, cached: Cached) -> None:
     Raises:
         ValueError: if it does.
     """
-
-    def dropped(role: str) -> bool:
+    roles = {one["role"] for one in prompt}
+    for role in INSTRUCTING:
         key = (str(tokenizer.chat_template), role, MARKS)
-        return role in INSTRUCTING and cached(key, lambda: [int(leaves_out(tokenizer, role))]) == [1]
-
-    if left_out := next((role for role in sorted({str(one["role"]) for one in prompt}) if dropped(role)), None):
-        raise ValueError(
-            f"the chat template leaves out messages of the role {left_out!r}, and a row has one: "
-            f"{shortened(repr(prompt))}. Move its text to a role that the tokenizer's chat_template renders, or into "
-            "the first user message."
-        )
+        if role in roles and cached(key, lambda role=role: [leaves_out(tokenizer, role)])[0]:
+            raise ValueError(
+                f"the chat template leaves out messages of the role {role!r}, and a row has one: "
+                f"{shortened(repr(prompt))}. Move its text to a role that the tokenizer's chat_template renders, or "
+                "into the first user message."
+            )
 
 
 def last_user_message(prompt: Sequence[Mapping[str, Any]]) -> int | None:

@@ -97,7 +97,7 @@ def read_texts(path: str | os.PathLike[str], column: str = "prompt", is_forget: 
 def _read(
     path: str | os.PathLike[str], prompt_format: PromptFormat | None, text_field: str | None, is_forget: bool | None
 ) -> Dataset:
-    rows = read_file(path)
+    rows = read_file(path, as_written=prompt_format is not None)
     if is_forget is not None:
         check_side(rows, is_forget, os.fspath(path))
     if prompt_format is not None:

@@ -40,21 +40,22 @@ def read_hub(name: str, split: str, columns: Sequence[str] = (), config: str | N
     return _with_columns(rows, columns, f"split {split!r} of {name} on the Hub")
 
 
-def read_file(path: str | os.PathLike[str], columns: Sequence[str] = ()) -> Dataset:
+def read_file(path: str | os.PathLike[str], columns: Sequence[str] = (), as_written: bool = False) -> Dataset:
     """Read the rows of a file: `.tsv`, `.tsv.gz`, `.jsonl`, `.json` (a list, or lines), `.csv` or `.parquet`.
 
     The extension sets the type. A `.tsv` file has a header and no quoting; all its values are text. A column of a
     `.csv` has numbers, booleans or dates where Python writes them as the file does, as 7 and not 007, and else texts.
-    A column of JSON with both whole numbers and fractions has them as texts, so that 3 does not become 3.0.
 
     Args:
         path: path of the file.
         columns: columns to read; all unless given.
+        as_written: whether a column of JSON with both whole numbers and fractions has them as texts, for templates
+            that write them: as numbers, 3 beside 1.8 is 3.0.
 
     Raises:
         FileNotFoundError: if there is no such file; the message lists its folder.
         ValueError: if the ending is another one, the file has no rows, a row has other columns than the first, a
-            column is missing or has values of several types, or two have one name.
+            column is missing, or two have one name; with `as_written`, if one has numbers beside true or false.
     """
     path = Path(path)
     check_is_file(path)
@@ -64,7 +65,7 @@ def read_file(path: str | os.PathLike[str], columns: Sequence[str] = ()) -> Data
         if path.name.endswith((".tsv", ".tsv.gz")):
             rows = _from_rows(_tsv_rows(path), path)
         elif path.suffix in (".json", ".jsonl"):
-            rows = _from_rows(_json_rows(path), path)
+            rows = _from_rows(_json_rows(path), path, as_written)
         elif path.suffix == ".csv":
             rows = Dataset(_csv_table(path))
         else:
@@ -174,7 +175,7 @@ def _json_rows(path: Path) -> Iterator[Any]:
                 yield parsed(line, number)
 
 
-def _from_rows(found: Iterator[Any], path: Path) -> Dataset:
+def _from_rows(found: Iterator[Any], path: Path, as_written: bool = False) -> Dataset:
     rows = list(found)
     for number, row in enumerate(rows, start=1):
         # datasets would fill a column that a row lacks with None, and drop one that only a later row has.
@@ -184,7 +185,7 @@ def _from_rows(found: Iterator[Any], path: Path) -> Dataset:
             raise ValueError(
                 f"{path}, row {number}: found {sorted(row)}; expected the columns of the first row: {rows[0]}."
             )
-    for name in rows[0] if rows else ():
+    for name in rows[0] if as_written and rows else ():
         _keep_numbers(rows, name, path)
     return Dataset.from_list(rows)
 

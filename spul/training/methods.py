@@ -163,8 +163,8 @@ class Method:
         Raises:
             ValueError: if all weights of a quantized model are to be trained, `config` is of another kind than
                 `trainable`, puts LoRA on a module that is no linear map, such as PhiMoE's router, or rewrites the
-                base's weights (`init_lora_weights="pissa"`), which are the reference; for RMU, if a
-                layer does not exist, or its feed-forward has no linear map, as where all experts are routed.
+                base's weights (`init_lora_weights="pissa"`), which are the reference; for RMU, if a layer does not
+                exist, or its feed-forward has no linear map, as where all experts are routed.
             TypeError: if `model` is no causal LM, or has an adapter already.
         """
         check_bare(model)
