@@ -3,10 +3,12 @@
 import asyncio
 import copy
 import threading
+from contextlib import nullcontext
 
 import pytest
 import torch
 from helpers import build, build_unlearner, stirred
+from transformers import GenerationConfig
 
 
 def disableable(kind):
@@ -104,3 +106,31 @@ def test_a_copy_and_a_model_of_its_own_are_not_disabled():
             assert not other.enabled
         assert other.enabled
         assert not unlearner.enabled
+
+
+GREEDY = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+
+
+@pytest.mark.parametrize("kind", ["prompt", "layers"])
+@pytest.mark.parametrize("disabled", [True, False])
+def test_gradient_checkpointing_in_training_mode_changes_no_answer(kind, disabled):
+    model, ids = disableable(kind), torch.arange(5, 14)[None]
+    with model.disable_adapter() if disabled else nullcontext():
+        expected = model.generate(ids, **GREEDY).tolist()
+        model.gradient_checkpointing_enable()
+        model.train()
+        assert model.generate(ids, **GREEDY).tolist() == expected
+    assert model.training
+    assert model.get_base_model().training
+
+
+def test_settings_of_the_unlearner_count_with_the_prompt_and_without():
+    unlearner, ids = disableable("prompt"), torch.arange(5, 14)[None]
+    unlearner.generation_config = GenerationConfig(max_new_tokens=3, min_new_tokens=3, pad_token_id=0)
+    own = GenerationConfig(max_new_tokens=5, min_new_tokens=5, pad_token_id=0)
+    with unlearner.disable_adapter():
+        found = unlearner.generate(ids)
+        assert unlearner.generate(ids, own).shape == (1, 14)
+        assert unlearner.generate(input_ids=ids, generation_config=own).shape == (1, 14)
+    assert found.tolist() == unlearner.generate(ids, adapter_names=["__base__"]).tolist()
+    assert found.shape == unlearner.generate(ids).shape == (1, 12)

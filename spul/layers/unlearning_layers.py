@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..losses.batch import LogitsFunction
-from ..models.causal_lm import check_bare, has_layers, logits_at, unchanged_on_error
+from ..models.causal_lm import check_bare, evaluation_mode, has_layers, logits_at, unchanged_on_error
 from ..models.compat import keep_4bit_differentiable, reset_compiled
-from ..models.compat_checkpointing import switch_checkpointing
+from ..models.compat_checkpointing import switch_checkpointing, unswitched
 from ..models.disabling import is_disabled_here
 from ..models.loading import load_base
 from ..models.noise import keep_in_evaluation, restore_dropout, set_samplers, zero_dropout
@@ -163,10 +163,12 @@ class UnlearningLayers(nn.Module, Unlearner):
         return self.base_model(*args, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """The base's `generate`, with the layers; raises as `forward`."""
+        """The base's `generate`, with the layers, in evaluation mode; raises as `forward`."""
         self._check_attached()
         drop_adapter_names(kwargs)
-        return cast(Any, self.base_model).generate(*args, **kwargs)
+        # Gradient checkpointing, in training mode, would drop the cache.
+        with unswitched(self.base_model), evaluation_mode(self.base_model):
+            return cast(Any, self.base_model).generate(*args, **kwargs)
 
     def response_logits(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
         """Logits (B, K, V) at `positions` (B, K) of a right-padded batch."""

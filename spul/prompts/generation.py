@@ -43,9 +43,7 @@ def generate_prompted(model: PeftModelForCausalLM, input_ids: Tensor | None, *ar
     base: Any = model.get_base_model()
     named = (kwargs.pop("adapter_names", None), kwargs.pop("prompt_position", None))
     prompts = RowPrompts(with_evaluated(model, "prompt_encoder"), len(input_ids), *named)
-    kwargs |= named_arguments(base.generate, args)
-    own = model.__dict__.get("generation_config")  # set on the unlearner, as the base's would be
-    kwargs["generation_config"] = kwargs.get("generation_config") or own
+    kwargs = _named(model, args, kwargs)
     check_generate_arguments(kwargs)
     settings = generation_settings(base, kwargs)
     kwargs = changed_settings(kwargs, use_cache=True)  # a default of False would drop the prompt
@@ -61,6 +59,21 @@ def generate_prompted(model: PeftModelForCausalLM, input_ids: Tensor | None, *ar
         if not prompts.names_a_prompt:  # checked all the same: what is refused does not depend on the rows
             return _without_prompt(call)
         return _prompted(call)
+
+
+def generate_disabled(model: PeftModelForCausalLM, input_ids: Tensor | None, *args: Any, **kwargs: Any) -> Any:
+    """`generate` of the base where the prompt is disabled, by the settings and in the mode of `generate_prompted`."""
+    base: Any = model.get_base_model()
+    with unswitched(base), evaluation_mode(base):
+        return base.generate(input_ids, **_named(model, args, kwargs))
+
+
+def _named(model: PeftModelForCausalLM, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call of `generate` after its inputs, by name, with the config that the unlearner has."""
+    base: Any = model.get_base_model()
+    kwargs = kwargs | named_arguments(base.generate, args)
+    own = model.__dict__.get("generation_config")  # set on the unlearner, as the base's would be
+    return {**kwargs, "generation_config": kwargs.get("generation_config") or own}
 
 
 @dataclass(frozen=True)

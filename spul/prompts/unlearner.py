@@ -23,7 +23,7 @@ from . import checkpoint
 from .adapters import PromptAdapters
 from .arguments import METHODS_OF_THE_BASE, METHODS_OF_WEIGHTS
 from .configs import check_causal_lm, check_peft_config, check_promptable, filled
-from .generation import generate_prompted
+from .generation import generate_disabled, generate_prompted
 from .inference import named_forward, ordinary_forward
 from .position import check_position, stands_inside
 from .probe import check_prefix
@@ -319,8 +319,7 @@ class SoftPromptUnlearner(PromptAdapters):
         if not self.enabled:
             _check_names(self, kwargs.pop("adapter_names", None), input_ids)
             kwargs.pop("prompt_position", None)
-            base: Any = self.get_base_model()
-            return base.generate(input_ids, *args, **kwargs)
+            return generate_disabled(self, input_ids, *args, **kwargs)
         return generate_prompted(self, input_ids, *args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
