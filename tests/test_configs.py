@@ -86,6 +86,14 @@ def test_a_model_on_the_meta_device_is_refused():
         SoftPromptUnlearner(model, CONFIGS["prompt_tuning"]())
 
 
+def test_a_config_that_asks_for_tuples_is_refused():
+    model = build("llama")
+    model.config.return_dict = False
+    with pytest.raises(ValueError, match=r"config.return_dict of the LlamaForCausalLM is False.*Leave it True"):
+        SoftPromptUnlearner(model, CONFIGS["prompt_tuning"]())
+    assert all(required(model))
+
+
 def test_embeddings_that_nothing_fetches_are_refused_with_what_does():
     model = build("llama")
     model.model.embed_tokens.to("meta")

@@ -215,8 +215,9 @@ def check_promptable(model: nn.Module, peft_config: Any) -> None:
 
     Raises:
         TypeError: if it is an encoder-decoder, or has no language modeling head.
-        ValueError: if it has no weights, PEFT would read embeddings that are offloaded, embeddings of the prompt's
-            width are not its input, or a prompt would train on weights that change with the mode (RWKV).
+        ValueError: if it has no weights, its config asks for tuples, PEFT would read embeddings that are offloaded,
+            embeddings of the prompt's width are not its input, or a prompt would train on weights that change with
+            the mode (RWKV).
     """
     name, config = type(model).__name__, getattr(model, "config", None)
     causal = "expected a causal LM, as AutoModelForCausalLM.from_pretrained gives it"
@@ -226,6 +227,11 @@ def check_promptable(model: nn.Module, peft_config: Any) -> None:
         raise TypeError(f"model is a {name}, which has no language modeling head or does not generate; {causal}.")
     if not isinstance(model, PreTrainedModel):
         return
+    if getattr(config, "return_dict", True) is False:
+        raise ValueError(
+            f"config.return_dict of the {name} is False: in place of outputs with names it would return tuples, which "
+            "transformers itself fails to read. Leave it True, and give return_dict=False to forward."
+        )
     embeddings: Any = model.get_input_embeddings()
     on_meta = [key for key, parameter in model.named_parameters() if parameter.is_meta]
     hooked = any(hasattr(m, "_hf_hook") for m in model.modules())
