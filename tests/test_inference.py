@@ -82,3 +82,33 @@ def test_options_of_the_forward_mean_what_they_mean_in_peft(family, prompt_type,
     assert (out.hidden_states is None) == (expected.hidden_states is None)
     if out.past_key_values is not None:
         assert out.past_key_values.get_seq_length() == expected.past_key_values.get_seq_length() == 17
+
+
+@pytest.mark.parametrize("gradient", [True, False])
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_states_that_the_config_asks_for_are_those_that_a_call_asks_for(kind, gradient):
+    unlearner, batch = build_unlearner("llama", kind), labeled_batch()
+    with torch.set_grad_enabled(gradient):
+        expected = unlearner(**batch, output_hidden_states=True).hidden_states
+        unlearner.get_base_model().config.output_hidden_states = True
+        found, none = unlearner(**batch), unlearner(**batch, output_hidden_states=False)
+    assert none.hidden_states is None
+    torch.testing.assert_close(found.hidden_states, expected)
+    torch.testing.assert_close(found.logits, none.logits)
+
+
+def test_states_that_the_config_asks_for_are_refused_where_rows_are_moved():
+    unlearner, left = build_unlearner(), labeled_batch("left")
+    names = ["default", "__base__", *["default"] * (len(left["input_ids"]) - 2)]
+    with torch.no_grad():
+        expected = unlearner(**left), unlearner(**left, adapter_names=names)
+        unlearner.get_base_model().config.output_hidden_states = True
+        with pytest.raises(ValueError, match="take no output_hidden_states; pad on the right"):
+            unlearner(**left)
+        with pytest.raises(ValueError, match="found output_hidden_states: leave that out, give it as False where"):
+            unlearner(**left, adapter_names=names)
+        found = [unlearner(**left, output_hidden_states=False, **one) for one in ({}, {"adapter_names": names})]
+    for out, own in zip(found, expected, strict=True):
+        assert out.hidden_states is None
+        torch.testing.assert_close(out.logits, own.logits)
+    assert unlearner(**left, is_forget=torch.ones(len(names), dtype=torch.bool)).loss.isfinite()

@@ -19,6 +19,8 @@ from .states import in_front
 
 # Embeddings, and outputs that have virtual tokens: not available from a cached prompt.
 _NEEDS_CONCATENATION = ("inputs_embeds", "output_hidden_states", "output_attentions")
+# Outputs that the base's config may ask for in place of the call.
+_OF_CONFIG = ("output_hidden_states", "output_attentions")
 # What is tied to columns, where rows have prompts of their own.
 _NOT_BY_ROW = (*_NEEDS_CONCATENATION, "logits_to_keep", "output_router_logits")
 
@@ -46,6 +48,7 @@ def ordinary_forward(
             or outputs tied to positions, which packing moves.
     """
     check_forward_arguments(kwargs)
+    kwargs = _with_outputs_of_config(model.get_base_model(), kwargs)
     embeds = kwargs.get("inputs_embeds") is not None
     if (input_ids is None) != embeds:
         raise ValueError(f"forward takes either input_ids or inputs_embeds; found {'both' if embeds else 'neither'}.")
@@ -67,6 +70,12 @@ def ordinary_forward(
     head = out.logits[:, : out.logits.shape[1] - width]
     out.logits = torch.cat([head, out.logits.take_along_dim(back[..., None], dim=1)], dim=1)
     return out
+
+
+def _with_outputs_of_config(base: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments that are not None, and the outputs that the base's config asks for where they do not say."""
+    asked = {name: True for name in _OF_CONFIG if getattr(base.config, name, False)}
+    return asked | {name: value for name, value in kwargs.items() if value is not None}
 
 
 def _forward(model: Any, concatenated: Callable[..., Any], **inputs: Any) -> Any:
@@ -179,16 +188,17 @@ def named_forward(
         ValueError: for other names than the model has, and arguments or outputs that are tied to columns.
     """
     check_forward_arguments(kwargs)
-    found = [name for name in _NOT_BY_ROW if isinstance(kwargs.get(name), Tensor) or kwargs.pop(name, None)]
-    found += ["return_dict=False"] if kwargs.pop("return_dict", None) is False else []
     base: Any = model.get_base_model()
+    kwargs = _with_outputs_of_config(base, kwargs)
+    found = [name for name in _NOT_BY_ROW if isinstance(kwargs.get(name), Tensor) or kwargs.get(name)]
+    found += ["return_dict=False"] if kwargs.get("return_dict") is False else []
     if labels is not None and getattr(base.config, "output_router_logits", False):
         found.append("labels of a mixture of experts whose loss has a term over all positions")
     if input_ids is None or found:
         raise ValueError(
             "forward with adapter_names, or under a prompt inside the rows, takes input_ids and returns logits at all "
-            f"of them; found {', '.join(found) or 'no input_ids'}: leave that out, or choose one prompt at the start "
-            "of the rows by set_adapter."
+            f"of them; found {', '.join(found) or 'no input_ids'}: leave that out, give it as False where the base's "
+            "config asks for it, or choose one prompt at the start of the rows by set_adapter."
         )
     check_rows(input_ids, attention_mask)
     if not input_ids.shape[1]:
