@@ -1,5 +1,8 @@
 """SoftPromptUnlearner: its losses, logits and gradients against plain twins, and its contract."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from helpers import (
@@ -321,6 +324,40 @@ def test_inference_mode_and_deleting_keep_gradients_where_they_belong():
     unlearner.delete_adapter("b")
     trained = [name for name, p in unlearner.named_parameters() if p.requires_grad]
     assert trained == ["prompt_encoder.default.embedding.weight"]
+
+
+@pytest.mark.parametrize(
+    "copied", [lambda model: model, copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))]
+)
+def test_a_frozen_prompt_stays_frozen_whatever_becomes_of_others(copied, tmp_path):
+    unlearner = build_unlearner()
+    unlearner.save_pretrained(tmp_path)
+    unlearner.set_adapter("default", inference_mode=True)
+    unlearner = copied(unlearner)
+
+    def trained():
+        return {name.split(".")[1] for name, parameter in unlearner.named_parameters() if parameter.requires_grad}
+
+    unlearner.add_adapter("added", CONFIGS["prompt_tuning"](3))
+    assert not trained()
+    unlearner.load_adapter(tmp_path, "loaded")
+    unlearner.load_adapter(tmp_path, "default")
+    assert not trained()
+    unlearner.set_adapter("added")
+    assert trained() == {"added"}
+    unlearner.delete_adapter("added")  # the first one is active again
+    assert unlearner.active_adapter == "default"
+    assert not trained()
+    unlearner.set_adapter("default")
+    assert trained() == {"default"}
+
+
+def test_a_name_is_not_frozen_any_more_once_its_prompt_is_deleted():
+    unlearner = build_unlearner()
+    unlearner.set_adapter("default", inference_mode=True)
+    unlearner.delete_adapter("default")
+    unlearner.add_adapter("default", CONFIGS["prompt_tuning"](3))
+    assert all(parameter.requires_grad for parameter in unlearner.prompt_encoder.parameters())
 
 
 def test_an_unlearner_looks_like_no_wrapper_to_those_who_unwrap_models():

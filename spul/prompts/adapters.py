@@ -34,6 +34,7 @@ class PromptAdapters(PeftModelForCausalLM, Unlearner):
     """A PEFT model whose adapters are soft prompts, each with a record; see `SoftPromptUnlearner`."""
 
     prompt_encoder: Any  # set by PEFT
+    _frozen: frozenset[str] = frozenset()  # names of prompts that `set_adapter` put into inference mode
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
         """Move base and prompts, as of every module; prompts alone where the base's weights are offloaded."""
@@ -97,15 +98,18 @@ class PromptAdapters(PeftModelForCausalLM, Unlearner):
     def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
         """Make a prompt the active one; only it requires gradients.
 
+        Args:
+            adapter_name: its name.
+            inference_mode: whether it is frozen, until it is set again without.
+
         Raises:
             TypeError: if its name is no text, such as a list of names.
             ValueError: if there is no prompt of that name.
         """
         check_has_adapter(self, adapter_name)
         super().set_adapter(adapter_name, inference_mode=inference_mode)
+        self._frozen = self._frozen | {adapter_name} if inference_mode else self._frozen - {adapter_name}
         self._train_active_prompt_only()
-        if inference_mode:
-            self.prompt_encoder[adapter_name].requires_grad_(False)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove a prompt. If it was the active one, another becomes active; without any, the model is the base.
@@ -117,6 +121,7 @@ class PromptAdapters(PeftModelForCausalLM, Unlearner):
         check_has_adapter(self, adapter_name)
         super().delete_adapter(adapter_name)
         del self.spul_configs[adapter_name]
+        self._frozen = self._frozen - {adapter_name}
         drop_cached(self, adapter_name)
         self._train_active_prompt_only()
 
@@ -235,7 +240,8 @@ class PromptAdapters(PeftModelForCausalLM, Unlearner):
     def _train_active_prompt_only(self) -> None:
         # PEFT leaves every prompt trainable; an unused one breaks DDP on its second step.
         for name, encoder in self.prompt_encoder.items():
-            encoder.requires_grad_(name == self.active_adapter and not self.peft_config[name].inference_mode)
+            is_frozen = name in self._frozen or self.peft_config[name].inference_mode
+            encoder.requires_grad_(name == self.active_adapter and not is_frozen)
             if getattr(encoder, "frozen_embedding", None) is not None:  # a cartridge's first virtual tokens
                 encoder.frozen_embedding.requires_grad_(False)
 
