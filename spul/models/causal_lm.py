@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any, cast
 
 import torch
@@ -157,6 +159,20 @@ def max_positions(base_model: Any) -> int | None:
     config = base_model.config.get_text_config()
     limit = getattr(config, "max_position_embeddings", None)
     return limit if limit is None or limit > 0 else None  # XLNet has -1: none
+
+
+def fails_beyond_positions(base_model: nn.Module) -> bool:
+    """Whether a base fails beyond `max_positions`: it looks them up in a table, learned (GPT-2, OPT) or not (GPT-J).
+
+    Others compute positions, and run on; the table of XGLM (`weights`) grows.
+    """
+    limit = max_positions(base_model)
+    tables = chain(base_model.named_parameters(), base_model.named_buffers())
+    return limit is not None and any(
+        re.search(r"wpe|position", name) and not name.endswith(".weights") and 0 <= tensor.shape[0] - limit <= 2
+        for name, tensor in tables
+        if tensor.dim() == 2  # with up to two rows more, for pads (OPT)
+    )
 
 
 def cache_switch(base_model: Any) -> tuple[int | None, bool]:

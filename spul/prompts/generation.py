@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList
 from transformers import RepetitionPenaltyLogitsProcessor as RepetitionPenalty
 
-from ..models.causal_lm import cache_switch, evaluation_mode, max_positions
+from ..models.causal_lm import cache_switch, evaluation_mode, fails_beyond_positions, max_positions
 from ..models.compat_checkpointing import unswitched
 from ..models.compat_modules import with_evaluated
 from .arguments import (
@@ -158,8 +158,9 @@ def _prompted(call: _Call) -> Any:
         )
     lengths = attention_mask.ne(0).sum(dim=1)
     unequal = len(lengths.unique()) > 1
-    longest = num_virtual + width + _max_new_tokens(call.settings, width)
     totals = lengths + prompts.row_lengths(lengths.device)
+    call = _within_positions(call, int(totals.max()))
+    longest = num_virtual + width + _max_new_tokens(call.settings, width)
     if groups := _groups_at_switch(call, lengths):
         return _by_group(call, groups)
     states, several = prompts.states(), len(prompts.named) > 1
@@ -269,6 +270,31 @@ def _max_new_tokens(settings: GenerationConfig, width: int) -> int:
     if settings.max_new_tokens is not None:
         return settings.max_new_tokens
     return 20 if settings.max_length is None else settings.max_length - width  # 20 is transformers' own default
+
+
+def _within_positions(call: _Call, longest: int) -> _Call:
+    """The call with room for its answers, where the base fails beyond its positions: a default length is cut.
+
+    Args:
+        call: the call.
+        longest: tokens of the longest row, its virtual ones included.
+
+    Raises:
+        ValueError: if the caller gave a length that does not fit.
+    """
+    limit, num_new = max_positions(call.base), _max_new_tokens(call.settings, call.input_ids.shape[1])
+    # The last token is not read.
+    if limit is None or longest + num_new - 1 <= limit or not fails_beyond_positions(call.base):
+        return call
+    config = call.kwargs.get("generation_config")
+    names = ("max_new_tokens", "max_length")
+    if any(call.kwargs.get(name) is not None or getattr(config, name, None) is not None for name in names):
+        raise ValueError(
+            f"the longest row has {longest} tokens, virtual ones included; {num_new} new tokens exceed the model's "
+            f"{limit} positions: generate at most max_new_tokens={limit - longest + 1}."
+        )
+    kwargs = changed_settings(call.kwargs, max_new_tokens=limit - longest)  # transformers, too, ends at the last one
+    return replace(call, settings=generation_settings(call.base, kwargs), kwargs=kwargs)
 
 
 def _groups_at_switch(call: _Call, lengths: Tensor) -> list[Hashable]:

@@ -45,14 +45,17 @@ def ordinary_forward(
 
     Raises:
         ValueError: for a cache or positions, which do not go with a prompt; if left-padded rows come with arguments
-            or outputs tied to positions, which packing moves.
+            or outputs tied to positions, which packing moves; if prompt and rows exceed positions that the base looks
+            up.
     """
     check_forward_arguments(kwargs)
     kwargs = _with_outputs_of_config(model.get_base_model(), kwargs)
     embeds = kwargs.get("inputs_embeds") is not None
     if (input_ids is None) != embeds:
         raise ValueError(f"forward takes either input_ids or inputs_embeds; found {'both' if embeds else 'neither'}.")
-    check_rows(kwargs["inputs_embeds"][..., 0] if input_ids is None else input_ids, attention_mask)
+    rows = kwargs["inputs_embeds"][..., 0] if input_ids is None else input_ids
+    check_rows(rows, attention_mask)
+    RowPrompts(model, len(rows)).check_room(rows.shape[1], only_where_it_fails=True)
     if attention_mask is None or not has_left_padding(attention_mask):
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
         return _forward(model, concatenated, **inputs, **kwargs)
@@ -185,7 +188,8 @@ def named_forward(
 
     Raises:
         TypeError: for names that are no list of strings.
-        ValueError: for other names than the model has, and arguments or outputs that are tied to columns.
+        ValueError: for other names than the model has, arguments or outputs that are tied to columns, and prompts and
+            rows that exceed positions that the base looks up.
     """
     check_forward_arguments(kwargs)
     base: Any = model.get_base_model()
@@ -207,6 +211,8 @@ def named_forward(
     kwargs.pop("use_cache", None)
     num_items = kwargs.pop("num_items_in_batch", None)
     prompts = RowPrompts(model, len(input_ids), adapter_names, prompt_position)
+    if prompts.names_a_prompt:
+        prompts.check_room(input_ids.shape[1], only_where_it_fails=True)
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     columns = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
     mask, ids, origin = pack_right(mask, input_ids, columns)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..models.causal_lm import cache_switch, logits_at, max_positions, needs_gradient
+from ..models.causal_lm import cache_switch, fails_beyond_positions, logits_at, max_positions, needs_gradient
 from ..models.compat import is_sharded
 from ..models.compat_checkpointing import is_checkpointing
 from ..models.compat_devices import device_of
@@ -269,6 +269,7 @@ class RowPrompts:
 
     def embedding_logits(self, embeds: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
         """`response_logits` from the rows' embeddings (B, n, d), of rows that have a prompt."""
+        self.check_room(embeds.shape[1])
         return self._each_apart(RowPrompts._embedding_logits, embeds, attention_mask, positions)
 
     def _embedding_logits(self, embeds: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
@@ -296,14 +297,17 @@ class RowPrompts:
             found.append((rows, own))
         return in_order(found)
 
-    def check_room(self, num_tokens: int) -> None:
-        """Raise unless the longest prompt and rows of `num_tokens` fit into the model's positions.
+    def check_room(self, num_tokens: int, only_where_it_fails: bool = False) -> None:
+        """Raise unless the longest prompt and rows of `num_tokens` fit into the model's positions, or it runs beyond.
 
         Raises:
-            ValueError: if they do not.
+            ValueError: if they do not; `only_where_it_fails`, see `fails_beyond_positions`, or for every base.
         """
-        num_virtual, limit = self.num_virtual_tokens, max_positions(self.model.get_base_model())
-        if limit is not None and num_virtual + num_tokens > limit:
+        base: Any = self.model.get_base_model()
+        num_virtual, limit = self.num_virtual_tokens, max_positions(base)
+        if limit is None or num_virtual + num_tokens <= limit:
+            return
+        if not only_where_it_fails or fails_beyond_positions(base):
             raise ValueError(
                 f"{num_virtual} virtual tokens and {num_tokens} tokens exceed the model's {limit} positions; "
                 + (

@@ -196,7 +196,8 @@ class SoftPromptUnlearner(PromptAdapters):
             `"message"`, they are (B, n, V), and each predicts the row's next token.
 
         Raises:
-            ValueError: if tensors are missing, or their shapes do not match.
+            ValueError: if tensors are missing, or their shapes do not match; if rows and prompt exceed the model's
+                positions (without `is_forget` only where the base would fail).
             TypeError: if arguments of the ordinary forward come with `is_forget`, or those of the loss without it.
         """
         names = kwargs.pop("adapter_names", None)
@@ -289,7 +290,8 @@ class SoftPromptUnlearner(PromptAdapters):
         """`response_logits` from input embeddings (B, n, d).
 
         Raises:
-            ValueError: for prefix tuning under gradient checkpointing, where the base drops the prefix under it.
+            ValueError: if rows and prompt exceed the model's positions, and for prefix tuning under gradient
+                checkpointing, where the base drops the prefix under it.
         """
         base: Any = self.get_base_model()
         if not self.enabled:
@@ -312,8 +314,8 @@ class SoftPromptUnlearner(PromptAdapters):
 
         Raises:
             ValueError: for arguments and settings that do not go with a prompt, such as `inputs_embeds`,
-                `past_key_values`, `use_cache=False`, `cache_implementation` and `assistant_model`; and for a prompt at
-                `"message"` without `prompt_position`.
+                `past_key_values`, `use_cache=False`, `cache_implementation` and `assistant_model`; for a prompt at
+                `"message"` without `prompt_position`; and for lengths beyond positions that the base looks up.
         """
         input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
         if not self.enabled:
