@@ -136,15 +136,16 @@ def check_instructions(tokenizer: Any, prompt: list, cached: Cached) -> None:
     Args:
         tokenizer: has the chat template.
         prompt: messages.
-        cached: keeps what was found of each role.
+        cached: keeps what was found of the template.
 
     Raises:
         ValueError: if it does.
     """
+    key = (str(tokenizer.chat_template), INSTRUCTING)
+    left_out = cached(key, lambda: [leaves_out(tokenizer, role) for role in INSTRUCTING])
     roles = {one["role"] for one in prompt}
-    for role in INSTRUCTING:
-        key = (str(tokenizer.chat_template), role, MARKS)
-        if role in roles and cached(key, lambda role=role: [leaves_out(tokenizer, role)])[0]:
+    for role, is_left_out in zip(INSTRUCTING, left_out, strict=True):
+        if is_left_out and role in roles:
             raise ValueError(
                 f"the chat template leaves out messages of the role {role!r}, and a row has one: "
                 f"{shortened(repr(prompt))}. Move its text to a role that the tokenizer's chat_template renders, or "
