@@ -271,6 +271,14 @@ def test_numbers_of_tokens_answers_and_beams_are_whole_and_1_or_more(kind):
                 model.generate(**batch, **settings)
 
 
+def test_numbers_of_numpy_are_numbers_as_for_the_base(kind):
+    model, batch = rival(kind), tokens(TEXTS[:1])
+    settings = {**GREEDY, "num_beams": 2, "num_return_sequences": 2}
+    expected = model.generate(**batch, **settings)
+    settings |= {name: np.int64(settings[name]) for name in ("max_new_tokens", "num_beams", "num_return_sequences")}
+    assert torch.equal(model.generate(**batch, **settings), expected)
+
+
 def test_without_a_mask_pad_tokens_are_pads_as_for_the_base(kind):
     model, batch = rival(kind), tokens(TEXTS)
     expected = model.generate(**batch, **GREEDY)

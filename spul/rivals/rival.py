@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import CausalLMOutput
 
+from ..data.checks import whole_number
 from ..data.encoded import left_padded_ids
 from ..losses.positions import ends_before_labels, ends_before_responses, own_tokens, pack_right
 from ..losses.terms import IGNORE_INDEX
@@ -20,7 +21,7 @@ from ..models.causal_lm import check_bare, check_no_layers, logits_at
 from ..models.protocol import Unlearner, drop_adapter_names
 from ..prompts.arguments import CACHES, check_no_empty_row, check_rows, mask_from_pads, named_arguments
 from ..prompts.pads import filled_pads, with_own_tokens
-from ..records.fields import Checks, is_count
+from ..records.fields import Checks
 from ..records.spul_config import without_local_path
 from .files import GATE_DIGEST, read_rival, write_rival
 
@@ -34,7 +35,7 @@ _REFUSED = (
     *("inputs_embeds", "position_ids", "cache_position", "assistant_model", "custom_generate", "streamer"),
     *("max_length", "return_dict_in_generate", *CACHES),
 )
-# Settings that a fixed text would follow where the base raises.
+# Settings that are checked here: the base, which refuses wrong ones, does not run where a text is fixed.
 _NUMBERS = ("max_new_tokens", "num_return_sequences", "num_beams")
 
 
@@ -272,7 +273,8 @@ class Rival(nn.Module, Unlearner):
                 f"generate of a {type(self).__name__} needs max_new_tokens, the number of tokens that it may add."
             )
         for name in _NUMBERS:
-            if (value := self.setting(name, kwargs)) is not None and not is_count(value, least=1):
+            value = self.setting(name, kwargs)
+            if value is not None and (whole_number(value, bools=False) or 0) < 1:
                 raise ValueError(f"{name}={value!r}; expected a whole number of 1 or more.")
 
     def setting(self, name: str, kwargs: dict[str, Any]) -> Any:
