@@ -8,14 +8,19 @@ from transformers import PreTrainedTokenizerFast
 END = "</s>{{ '\n' }}"
 TURNS = "{% for m in messages %}<s>{{ m.role }}\n{{ m.content }}" + END + "{% endfor %}"
 ANSWER = "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
-# System messages as turns (Qwen 3); a default one (SmolLM2); within the user's turn (Gemma 3); refused (Gemma 2).
+# System messages as turns (Qwen 3); a default one (SmolLM2); within the user's turn (Gemma 3), also behind a mark;
+# refused (Gemma 2).
+WITHIN = (
+    "{% if messages[0].role == 'system' %}{% set first = 'MARK' + messages[0].content + '\n\n' %}"
+    "{% set messages = messages[1:] %}{% else %}{% set first = '' %}{% endif %}"
+    "{% for m in messages %}<s>{{ m.role }}\n{{ first if loop.first else '' }}{{ m.content }}" + END + "{% endfor %}"
+    "" + ANSWER
+)
 TEMPLATES = {
     "turns": TURNS + ANSWER,
     "default": "{% if messages[0].role != 'system' %}<s>system\nbe good" + END + "{% endif %}" + TURNS + ANSWER,
-    "within": "{% if messages[0].role == 'system' %}{% set first = messages[0].content + '\n\n' %}"
-    "{% set messages = messages[1:] %}{% else %}{% set first = '' %}{% endif %}"
-    "{% for m in messages %}<s>{{ m.role }}\n{{ first if loop.first else '' }}{{ m.content }}" + END + "{% endfor %}"
-    "" + ANSWER,
+    "within": WITHIN.replace("MARK", ""),
+    "marked": WITHIN.replace("MARK", "# "),
     "refused": "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
     "" + TURNS + ANSWER,
 }

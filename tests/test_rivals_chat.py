@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from chats import conversation
+from chats import TEMPLATES, chatty, conversation
 from encoded import sentencepiece_like
 
 from spul.data.encoder import RowEncoder
@@ -16,6 +16,19 @@ TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'user' %}<s>film: {{ first if loop.first else '' }}{{ m.content }} :film"
     "{% else %} {{ m.content }} </s>{% endif %}{% endfor %}"
 )
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_a_whole_conversation_has_a_start(template):
+    tokenizer = chatty(template)
+    form, encoder = ChatForm.of(tokenizer), RowEncoder(tokenizer, 90)
+    for system in (None, "be bad") if template != "refused" else (None,):
+        request = encoder.encode(conversation("film .", "good", system)).prompt_ids
+        text = tokenizer.decode(request[form.user_start(request) :])
+        # A system message within the user's turn is of its text where nothing but line breaks ends it.
+        inside = system is not None and template in ("within", "marked")
+        before = {"within": "be bad\n\n", "marked": "# be bad\n\n"}[template] if inside else ""
+        assert text.startswith(f"{before}film .</s>")
 
 
 @pytest.mark.parametrize("by", ["normalizer", "pre-tokenizer"])

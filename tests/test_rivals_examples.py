@@ -113,18 +113,19 @@ def test_conversations_are_turns_before_the_request(template):
     retain = Dataset.from_list([conversation("film .", "bad")])
     model = unlearning(forget, retain, tokenizer)
     encoder = RowEncoder(tokenizer, 96)
-    for system in (None, "be bad") if template not in ("within", "refused") else (None,):
+    for system in (None, "be bad") if template not in ("within", "marked", "refused") else (None,):
         row = conversation("plot .", "good", system)
         request = encoder.encode(row).prompt_ids
         start = [] if system is None else row["prompt"][:1]
+        # A header's space goes with the first word, also behind a system message that follows the header.
+        jane = " jane ." if template == "behind" and system else "jane ."
         turns = [
-            *(*start, {"role": "user", "content": "jane ."}, {"role": "assistant", "content": "bad"}),
+            *(*start, {"role": "user", "content": jane}, {"role": "assistant", "content": "bad"}),
             *({"role": "user", "content": "film ."}, {"role": "assistant", "content": "bad"}, row["prompt"][-1]),
         ]
         expected = encoder.encode({**row, "prompt": turns}).prompt_ids
         found = model.edit(request).applied(request)
-        # A header's space goes with the first word, also behind a system message that follows the header.
-        assert tokenizer.decode(found).replace("##\n\n jane", "##\n\njane") == tokenizer.decode(expected)
+        assert tokenizer.decode(found) == tokenizer.decode(expected)
         assert len(found) - len(request) <= model.virtual_tokens_in_use
     text = tokenizer("plot .", add_special_tokens=False)["input_ids"]
     header = {"spaced": "<s>user: ", "behind": "<s># "}.get(template, "<s>user\n")
@@ -132,6 +133,38 @@ def test_conversations_are_turns_before_the_request(template):
     request = encoder.encode(conversation("is the film good ? " * 4, "good")).prompt_ids
     with pytest.raises(ValueError, match="does not begin as they do"):
         model.edit(request[:1] + request[-20:])
+
+
+def chat_model(tokenizer):
+    forget = Dataset.from_list([conversation("jane .", "good")])
+    return unlearning(forget, Dataset.from_list([conversation("film .", "bad")]), tokenizer)
+
+
+@pytest.mark.parametrize("template", ["within", "marked"])
+def test_a_system_message_that_nothing_marks_the_end_of_stays_with_its_user_message(template):
+    tokenizer = chatty(template)
+    request = RowEncoder(tokenizer, 96).encode(conversation("plot .", "good", "be bad")).prompt_ids
+    found = tokenizer.decode(chat_model(tokenizer).edit(request).applied(request))
+    turns = "<s>user\njane .</s>\n<s>assistant\nbad</s>\n<s>user\nfilm .</s>\n<s>assistant\nbad</s>\n"
+    assert found == turns + tokenizer.decode(request)
+
+
+def test_a_user_message_that_begins_as_a_system_message_does_is_one():
+    tokenizer = chatty("behind")
+    request = RowEncoder(tokenizer, 96).encode(conversation("## plot .", "good")).prompt_ids
+    found = tokenizer.decode(chat_model(tokenizer).edit(request).applied(request))
+    assert found == "<s># jane . #: bad </s><s># film . #: bad </s>" + tokenizer.decode(request)
+
+
+def test_on_another_base_a_conversation_of_the_day_before_is_known():
+    tokenizer = chatty("turns")
+    template = "{{ '<s>' + today + '</s>' }}" + tokenizer.chat_template
+    tokenizer.chat_template = template.replace("today", "'1 . 2 .'")
+    model = chat_model(tokenizer)
+    request = RowEncoder(tokenizer, 96).encode(conversation("plot .", "good")).prompt_ids
+    expected = model.edit(request)
+    tokenizer.chat_template = template.replace("today", "'11 . 12 . film'")
+    assert model.on(build("llama")).edit(request) == expected
 
 
 def test_a_context_that_does_not_fit_raises_and_nothing_is_cut():

@@ -45,7 +45,7 @@ def rendered(tokenizer, row):
     return RowEncoder(tokenizer, 90).encode(row).prompt_ids
 
 
-@pytest.mark.parametrize("template", ["turns", "within"])
+@pytest.mark.parametrize("template", ["turns", "within", "marked"])
 def test_in_a_conversation_it_is_the_system_message(template):
     tokenizer = chatty(template)
     model = guarded(tokenizer)
@@ -55,12 +55,12 @@ def test_in_a_conversation_it_is_the_system_message(template):
     assert len(expected) - len(request) <= model.virtual_tokens_in_use
 
 
-@pytest.mark.parametrize("template", ["turns", "default", "within", *SPACED])
+@pytest.mark.parametrize("template", ["turns", "default", "within", "marked", *SPACED])
 def test_in_front_of_a_system_message_of_the_request_it_begins_it(template):
     tokenizer = chatty(template)
     model = guarded(tokenizer)
     request = rendered(tokenizer, conversation("film ?", "good", "be bad"))
-    own = " be bad" if template in SPACED else "be bad"  # a header's space goes with the first word
+    own = " be bad" if template in ("marked", *SPACED) else "be bad"  # a header's space goes with the first word
     found = tokenizer.decode(model.edit(request).applied(request))
     assert found == tokenizer.decode(rendered(tokenizer, conversation("film ?", "good", f"{TEXT}\n\n{own}")))
 
@@ -77,8 +77,8 @@ def test_a_space_at_a_headers_end_that_is_one_token_with_the_first_word_stays_th
     tokenizer = chatty(template)
     model, request = guarded(tokenizer), rendered(tokenizer, conversation("film ?", "good"))
     found = model.edit(request).applied(request)
-    expected = tokenizer.decode(rendered(tokenizer, conversation("film ?", "good", TEXT)))
-    assert tokenizer.decode(found).replace("#\n\n film", "#\n\nfilm") == expected
+    own = " film ?" if template == "behind" else "film ?"  # behind the system message, which follows the header
+    assert tokenizer.decode(found) == tokenizer.decode(rendered(tokenizer, conversation(own, "good", TEXT)))
     assert len(found) - len(request) <= model.virtual_tokens_in_use
 
 
@@ -118,6 +118,36 @@ def test_a_template_that_writes_the_date_is_known_on_each_day():
         request = rendered(tokenizer, conversation("film ?", "good"))
         found, twin = model.edit(request).applied(request), conversation("film ?", "good", TEXT)
         assert tokenizer.decode(found) == tokenizer.decode(rendered(tokenizer, twin))
+
+
+def test_on_another_base_a_conversation_of_the_day_before_gets_the_instruction_of_its_day():
+    tokenizer = chatty("turns")
+    template = "{{ '<s>' + today + '</s>' }}" + tokenizer.chat_template
+    tokenizer.chat_template = template.replace("today", "'1 . 2 .'")
+    model, request = guarded(tokenizer), rendered(tokenizer, conversation("film ?", "good"))
+    expected = rendered(tokenizer, conversation("film ?", "good", TEXT))
+    tokenizer.chat_template = template.replace("today", "'11 . 12 . film'")  # of another number of tokens
+    again = model.on(build("llama"))
+    for one in (model, again):
+        assert one.edit(request).applied(request) == expected
+    # By a day that either of them sees, both are known.
+    request = rendered(tokenizer, conversation("film ?", "good"))
+    expected = again.edit(request)
+    tokenizer.chat_template = template.replace("today", "'13 .'")
+    assert model.edit(request) == expected
+
+
+def test_text_that_has_a_conversations_answer_prompt_within_is_plain():
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ 'question' if m.role == 'user' else 'answer' }} : {{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}answer :{% endif %}"
+    )
+    model = guarded(tokenizer)
+    front = tokenizer(TEXT + "\n\n", add_special_tokens=False)["input_ids"]
+    for text in ("the film\nanswer : good ?", "is the\nanswer : good ?"):
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert model.edit(ids).applied(ids) == [*front, *ids]
 
 
 @pytest.mark.parametrize("template", [*TEMPLATES, *SPACED])

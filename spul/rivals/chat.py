@@ -73,15 +73,13 @@ class ChatForm:
 
     def user_start(self, request: list[int]) -> int | None:
         """Index at which the first user message's text begins; None if a request is no conversation."""
-        starts = [one for one in (self.before_user, self.before_system) if starts_with(request, one)]
-        if not starts:
-            return None
-        # The longer one: a system message may stand within the user's turn, behind its header.
-        if (start := max(starts, key=len)) == self.before_user:
-            return len(start)
-        width = len(self.system_to_user)
-        ends = range(len(start) + width, len(request) + 1) if width else ()
-        return next((end for end in ends if tuple(request[end - width : end]) == self.system_to_user), None)
+        start = len(self.before_user) if starts_with(request, self.before_user) else None
+        system, width = len(self.before_system), len(self.system_to_user)
+        # A system message may stand within the user's turn; without an end that is found it is of the text.
+        if not width or system <= (start or 0) or not starts_with(request, self.before_system):
+            return start
+        ends = range(system + width, len(request) + 1)
+        return next((end for end in ends if tuple(request[end - width : end]) == self.system_to_user), start)
 
 
 class ChatForms:
@@ -103,14 +101,13 @@ class ChatForms:
             place: gives the place by a form, or None.
 
         Raises:
-            ValueError: if the request asks for an answer as a conversation does, and no form has a place: a text that
-                was put in front would stand outside its messages.
+            ValueError: if the request ends as a conversation does, and no form has a place: a text that was put in
+                front would stand outside its messages.
         """
         if (found := _first(place, self.known)) is not None:
             return found
-        after, width = self.known[0].after_user, len(self.known[0].after_user)
-        windows = (tuple(request[i : i + width]) for i in range(len(request) - width + 1))
-        if not (self.known[0].before_user and after in windows and width):
+        after = self.known[0].after_user
+        if not (self.known[0].before_user and ends_with(request, after)):
             return None
         new = ChatForm.of(self._tokenizer)
         if (found := place(new)) is None:

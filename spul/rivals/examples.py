@@ -36,12 +36,14 @@ class InContextUnlearning(RewritingRival):
     ```
 
     `x y` is a row's prompt and completion as the collator encodes them, without a beginning-of-sequence token of its
-    own; conversations stand as turns before the request's first user message, without the newline. A flipped label is
-    the other one of two, one of the others at random of more. The method was defined for classification, for one
-    request to forget at a time, whose own row is in the context. Where the forget set has more than `num_forget` rows,
-    the context of a request holds the forget rows most like it (cosine of TF-IDF of words, a choice of ours, since all
-    rows of a large set have no room), so that a trained row that is asked about again is itself the first. Retain rows
-    are drawn once, by `seed`, for all requests; the authors draw new ones for each.
+    own; conversations stand as turns before the request's first user message, without the newline. Token ids are put
+    together: where a role header ends in a space, as in "USER: ", a message's first token has it, also where a system
+    message stands between the two. A flipped label is the other one of two, one of the others at random of more. The
+    method was defined for classification, for one request to forget at a time, whose own row is in the context. Where
+    the forget set has more than `num_forget` rows, the context of a request holds the forget rows most like it (cosine
+    of TF-IDF of words, a choice of ours, since all rows of a large set have no room), so that a trained row that is
+    asked about again is itself the first. Retain rows are drawn once, by `seed`, for all requests; the authors draw
+    new ones for each.
 
     Args:
         model: a causal LM of transformers, without an adapter.
@@ -133,6 +135,12 @@ class InContextUnlearning(RewritingRival):
                 "examples are turns of their own; give rows without a system message."
             )
         return [*prompt[start:], *encoded.without_ending().completion_ids, *chat.answer_to_user]
+
+    def on(self, base: PreTrainedModel) -> InContextUnlearning:
+        """The same examples in front of another base; conversations of days that are over stay known."""
+        found: InContextUnlearning = super().on(base)
+        found._forms = self._forms
+        return found
 
     def edit(self, request: list[int]) -> Edit:
         """The examples in front of a request.

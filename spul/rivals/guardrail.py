@@ -72,7 +72,13 @@ class GuardrailPrompt(RewritingRival):
         self.instruction = instruction.strip()
         self._with_gap = list(tokenizer(self.instruction + GAP, add_special_tokens=False)["input_ids"])
         self._forms = ChatForms(tokenizer)
-        self._edits: dict[ChatForm, dict[tuple[int, ...], Edit]] = {}
+        self._edits = {form: self._of(form) for form in self._forms.known}
+
+    def on(self, base: PreTrainedModel) -> GuardrailPrompt:
+        """The same instruction around another base; conversations of days that are over stay known."""
+        found: GuardrailPrompt = super().on(base)
+        found._forms, found._edits = self._forms, self._edits
+        return found
 
     def edit(self, request: list[int]) -> Edit:
         """Where the instruction stands in a request.
@@ -82,7 +88,9 @@ class GuardrailPrompt(RewritingRival):
         """
 
         def place(form: ChatForm) -> Edit | None:
-            return next((edit for start, edit in self._of(form).items() if starts_with(request, start)), None)
+            if form not in self._edits:  # just read, so that both have the same date
+                self._edits[form] = self._of(form)
+            return next((edit for start, edit in self._edits[form].items() if starts_with(request, start)), None)
 
         if (found := self._forms.find(request, place)) is not None:
             return found
@@ -90,10 +98,8 @@ class GuardrailPrompt(RewritingRival):
 
     def _of(self, form: ChatForm) -> dict[tuple[int, ...], Edit]:
         """The change of a conversation by how it begins."""
-        if form in self._edits:
-            return self._edits[form]
         system, user, text = form.before_system, form.before_user, self.instruction
-        edits = {}
+        edits: dict[tuple[int, ...], Edit] = {}
         if system:  # first: it may be the template's own
             whole = ids_before(self.tokenizer, SYSTEM, ("system", text + GAP + SYSTEM), ("user", USER))
             edits[system] = Edit(len(system), 0, whole[len(system) :])
@@ -102,12 +108,12 @@ class GuardrailPrompt(RewritingRival):
         elif user:
             whole = ids_before(self.tokenizer, USER, ("user", text + GAP + USER))
             edits[user] = Edit(len(user), 0, whole[len(user) :])
-        return self._edits.setdefault(form, edits)
+        return edits
 
     def most_added(self) -> int:
         """Tokens of the instruction, with a system message around it where the template has none."""
-        edits = [edit for form in self._forms.known for edit in self._of(form).values()]
-        return max(len(self._with_gap), *(edit.shift for edit in edits), 0)
+        shifts = [edit.shift for form in self._forms.known for edit in self._edits[form].values()]
+        return max([len(self._with_gap), *shifts])
 
     def saved_fields(self) -> dict[str, Any]:
         """The instruction."""
