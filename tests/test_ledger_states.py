@@ -125,6 +125,35 @@ def test_a_prompt_that_is_served_without_a_training_has_nothing_of_the_one_befor
     assert (state.adapter, state.prompt_sha256, state.gate) == ("moved", other, "names")
 
 
+def test_a_server_that_gives_up_an_earlier_prompt_leaves_what_was_trained_since(path):
+    ledger, other = Ledger(path), "12" * 32
+    ledger.append(LedgerEvent("trained", "1", adapter="p1", prompt_sha256=SHA, base_fingerprint=SHA))
+    ledger.append(LedgerEvent("served", "1", adapter="p1", prompt_sha256=SHA, server="a"))
+    ledger.append(LedgerEvent("trained", "1", adapter="p2", prompt_sha256=other, base_fingerprint=other))
+    ledger.append(LedgerEvent("evaluated", "1", adapter="p2", prompt_sha256=other, evaluation=other))
+    ledger.append(LedgerEvent("stopped", "1", adapter="p1", prompt_sha256=SHA, base_fingerprint=SHA, server="a"))
+    state = ledger.states()["1"]
+    assert (state.adapter, state.prompt_sha256, state.base_fingerprint) == ("p2", other, other)
+    assert (state.now, remarks_of(ledger)) == ("no longer served", [])
+    ledger.append(LedgerEvent("stopped", "1", adapter="p1", prompt_sha256=SHA, evaluation=SHA, server="a"))
+    assert remarks_of(ledger) == [f"the evaluation is of another prompt, SHA-256 {SHA}"]
+
+
+@pytest.mark.parametrize("event", ["served", "answered", "evaluated"])
+def test_an_entry_of_the_same_adapter_without_its_weights_is_of_the_same_prompt(path, event):
+    """As of a saved prompt whose record lacks their digest."""
+    ledger = Ledger(path)
+    ledger.append(LedgerEvent("trained", "1", adapter="p1", prompt_sha256=SHA, base_fingerprint=SHA))
+    ledger.append(LedgerEvent("evaluated", "1", adapter="p1", prompt_sha256=SHA, evaluation=SHA))
+    ledger.append(LedgerEvent(event, "1", adapter="p1", evaluation="12" * 32 if event == "evaluated" else None))
+    state = ledger.states()["1"]
+    assert (state.adapter, state.prompt_sha256, state.base_fingerprint) == ("p1", SHA, SHA)
+    assert remarks_of(ledger) == []
+    ledger.append(LedgerEvent("trained", "1", adapter="p1"))  # anew: as which weights is not known
+    assert ledger.states()["1"].prompt_sha256 is None
+    assert remarks_of(ledger) == [f"the evaluation may be of another prompt, SHA-256 {SHA}"]
+
+
 def test_an_evaluation_of_what_has_no_weights_is_not_one_of_the_prompt_that_follows(path):
     ledger = Ledger(path)
     ledger.append(LedgerEvent("trained", "1", adapter="refusal", gate="names"))
@@ -189,7 +218,7 @@ def test_a_ledger_of_earlier_versions_is_read_by_todays_names(path):
     ledger = Ledger(path)
     assert ledger.verify() == []
     assert (ledger.states()["1"].adapter, ledger.states()["1"].served) == ("forget-1", [(second.time, None)])
-    ledger.append(LedgerEvent("stopped", "1", adapter="moved"))
+    ledger.append(LedgerEvent("served", "1", adapter="moved"))
     assert ledger.verify() == []
     assert ledger.states()["1"].adapter == "moved"
     path.write_bytes(line + next_line(first, {"event": "served", "request": "1", "prompt": 1})[1])

@@ -24,7 +24,9 @@ class RequestAtWork:
     revocations: int
 
     def check_stands(self) -> None:
-        """Raise if the request is revoked: a run that is resumed may have begun before, and would make it one again.
+        """Raise if the request is revoked.
+
+        A run that is resumed may have begun before it was, and would make it one again.
 
         Raises:
             ValueError: if it is.

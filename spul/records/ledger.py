@@ -281,7 +281,7 @@ class Ledger:
 
     def _check_not_revoked_since(self, revocations: int, event: LedgerEvent) -> None:
         """Raise if the request of an event is revoked, and was not as often before; within the lock of a writer."""
-        *lines, torn = self.path.read_bytes().split(b"\n")
+        lines, torn = self._split()
         whole = [*lines, torn] if entry_of(torn) is not None else lines
         state = states_of(self._read(whole)).get(event.request or "")
         if state is not None and state.revoked is not None and len(state.revocations) > revocations:
@@ -303,11 +303,16 @@ class Ledger:
         """The whole lines, and what follows the last one."""
         if not self.path.is_file():
             raise FileNotFoundError(f"there is no ledger {str(self.path)!r}; its first entry makes it.")
-        *lines, torn = self.path.read_bytes().split(b"\n")
+        lines, torn = self._split()
         # A writer may be writing just now; who may only read cannot wait for it.
         if torn and os.access(self._file.parent, os.W_OK) and os.access(self.path, os.W_OK):
             with self._lock():
-                *lines, torn = self.path.read_bytes().split(b"\n")
+                lines, torn = self._split()
+        return lines, torn
+
+    def _split(self) -> tuple[list[bytes], bytes]:
+        """As `_lines`, of the file as it is now."""
+        *lines, torn = self.path.read_bytes().split(b"\n")
         return lines, torn
 
     def _last_entry(self, line: bytes | None) -> LedgerEntry | None:

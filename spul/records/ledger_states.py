@@ -93,10 +93,9 @@ class RequestState:
 
     def add(self, entry: LedgerEntry) -> None:
         """Take an entry of this request into account."""
-        was_served = bool(self.servers)
         self._add_server(entry)
         # A server that gives up an earlier prompt says nothing of one that others serve, or that was trained since.
-        if entry.event != "stopped" or (was_served and not self.servers):
+        if entry.event != "stopped":
             self._add_prompt(entry)
         self._add_evaluation(entry)
         if (rows := entry.fields.get("rows")) is not None:
@@ -146,8 +145,7 @@ class RequestState:
         """Take into account of which prompt an entry is: of another than the last, only what the entry itself says."""
         found = {name: entry.fields.get(name) for name in ("prompt_sha256", "base_fingerprint", "gate")}
         found["adapter"] = _adapter_of(entry)
-        known, said = self._prompt, _named(found["adapter"], found["prompt_sha256"])
-        is_other = None not in (known, said) and known != said
+        is_other = _differ(self._prompt, (found["adapter"], found["prompt_sha256"]))
         if entry.event == "evaluated" and is_other:
             return  # what was measured need not be what is served
         for name, value in found.items():
@@ -158,13 +156,13 @@ class RequestState:
         """Take into account of which prompt the evaluation is that an entry gives."""
         if "evaluation" not in entry.fields:
             return
-        self.evaluation, self.evaluated = entry.fields["evaluation"], (self.adapter, self.prompt_sha256)
-        if entry.event == "evaluated":
-            self.evaluated = _adapter_of(entry), entry.fields.get("prompt_sha256")
+        said = _adapter_of(entry), entry.fields.get("prompt_sha256")
+        is_own = _differ(self._prompt, said) or (entry.event == "evaluated" and said == (None, None))
+        self.evaluation, self.evaluated = entry.fields["evaluation"], said if is_own else self._prompt
 
     @property
-    def _prompt(self) -> str | None:
-        return _named(self.adapter, self.prompt_sha256)
+    def _prompt(self) -> tuple[str | None, str | None]:
+        return self.adapter, self.prompt_sha256
 
     def _add_server(self, entry: LedgerEntry) -> None:
         """Take into account which servers serve the request after an entry; where it is revoked, none does."""
@@ -183,7 +181,7 @@ class RequestState:
     def in_words(self) -> list[str]:
         """The state as lines of text: what is known, each event with its time, and how it is now."""
         lines = _known(self.rows, {name: getattr(self, name) for name in WORDS})
-        if self.evaluated is not None and _named(*self.evaluated) != self._prompt:
+        if self.evaluated is not None and _named(*self.evaluated) != _named(*self._prompt):
             lines.append(self._of_another(*self.evaluated))
         if self.evaluation is None and (self.served or self.answered):
             lines.append("it was served, and no entry gives an evaluation")
@@ -252,3 +250,14 @@ def _adapter_of(entry: LedgerEntry) -> str | None:
 def _named(adapter: str | None, prompt_sha256: str | None) -> str | None:
     """What tells a prompt from others: its weights, where an entry gives them, else its name; None without either."""
     return adapter if prompt_sha256 is None else prompt_sha256
+
+
+def _differ(known: tuple[str | None, str | None], said: tuple[str | None, str | None]) -> bool:
+    """Whether two prompts, adapter and SHA-256 of each, are others: by weights or else name, the first that both give.
+
+    Where they give none in common they are; where one gives neither, it tells nothing.
+    """
+    for before, after in ((known[1], said[1]), (known[0], said[0])):
+        if None not in (before, after):
+            return before != after
+    return known != (None, None) != said
