@@ -23,8 +23,11 @@ from peft import LoraConfig
 from transformers import (
     AutoModelForCausalLM,
     BambaConfig,
+    Gemma3nTextConfig,
     JambaConfig,
+    MambaConfig,
     MixtralConfig,
+    NemotronHConfig,
     PhimoeConfig,
     Qwen2MoeConfig,
     Qwen3MoeConfig,
@@ -110,6 +113,12 @@ def test_a_layer_that_is_not_there_is_refused():
 WIDTHS = {**SHAPE, "intermediate_size": 48, "num_key_value_heads": 2}
 MAMBA = {"attn_layer_indices": [1], "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
+NEMOTRON = {
+    "moe_intermediate_size": 16,
+    "moe_shared_expert_intermediate_size": 24,
+    "mamba_num_heads": 4,
+    "head_dim": 8,
+}
 # Bases whose layers do not end with the linear map of a dense feed-forward: routers, gates and mixers come last.
 MIXED = {
     "shared expert": lambda: Qwen2MoeConfig(
@@ -128,6 +137,19 @@ MIXED = {
         expert_layer_period=2,
         expert_layer_offset=1,
     ),
+    "attention alone": lambda: NemotronHConfig(**WIDTHS, **NEMOTRON, layers_block_type=["mlp", "attention"]),
+    "experts alone": lambda: NemotronHConfig(**WIDTHS, **NEMOTRON, layers_block_type=["mlp", "moe"]),
+    "mamba": lambda: MambaConfig(vocab_size=SHAPE["vocab_size"], hidden_size=32, num_hidden_layers=2, state_size=8),
+    "gemma3n": lambda: Gemma3nTextConfig(
+        **WIDTHS,
+        vocab_size_per_layer_input=SHAPE["vocab_size"],
+        hidden_size_per_layer_input=8,
+        head_dim=8,
+        laurel_rank=4,
+        num_kv_shared_layers=0,
+        activation_sparsity_pattern=[0.0, 0.0],
+        layer_types=["full_attention", "full_attention"],
+    ),
 }
 
 
@@ -138,11 +160,44 @@ def mixed(family):
 
 @pytest.mark.parametrize(
     ("family", "end"),
-    [("shared expert", "mlp.shared_expert.down_proj"), ("mixer last", "feed_forward.down_proj")],
+    [
+        ("shared expert", "mlp.shared_expert.down_proj"),
+        ("mixer last", "feed_forward.down_proj"),
+        ("gemma3n", "mlp.down_proj"),
+    ],
 )
 def test_what_trains_is_the_feed_forwards_and_no_gate_nor_mixer_behind_it(family, end):
     names = [*feed_forward_ends(mixed(family), [1, 0])]
     assert names == [f"model.layers.{i}.{end}" for i in (1, 0)]
+
+
+@pytest.mark.parametrize(
+    ("family", "ends"),
+    [
+        ("attention alone", ("mixer.down_proj", "mixer.o_proj")),
+        ("experts alone", ("mixer.down_proj", "mixer.shared_experts.down_proj")),
+        ("mamba", ("mixer.out_proj", "mixer.out_proj")),
+    ],
+)
+def test_a_layer_of_one_block_trains_at_its_end_whatever_it_is(family, ends):
+    names = [*feed_forward_ends(mixed(family), [0, 1])]
+    assert [name.split(".layers.")[1] for name in names] == [f"{i}.{end}" for i, end in enumerate(ends)]
+
+
+def test_a_feed_forward_of_another_name_is_found_and_experts_are_spoken_of_where_there_are_some():
+    model = build("llama")
+    for block in decoder_layers(model):
+        block.mlps, block.mlp = block.mlp, torch.nn.Identity()
+    assert [*feed_forward_ends(model, [1])] == ["model.layers.1.mlps.down_proj"]
+    decoder_layers(model)[1].mlps = torch.nn.Bilinear(2, 2, 2)  # no linear map
+    with pytest.raises(
+        ValueError, match=r"found self_attn\.q_proj.*, self_attn\.o_proj\. Train LoRA.*target_modules\.$"
+    ):
+        feed_forward_ends(model, [1])
+    with pytest.raises(
+        ValueError, match=r"self_attn\.o_proj\. Routed experts are no .*target_parameters for experts\.$"
+    ):
+        feed_forward_ends(mixed("mixtral"), [1])
 
 
 @pytest.mark.parametrize("trainable", ["full", "lora"])

@@ -35,8 +35,15 @@ _modes_before: list[dict[nn.Module, bool]] = []
 # takes them for linear, fails.
 _NOT_LINEAR = ("PhimoeTopKRouter", "Llama4Router", "DeepseekV4GroupedLinear")
 
-# Children of a decoder layer that are its feed-forward block, or end it; where attention stands differs by family.
-_FEED_FORWARD = ("mlp", "mlp_block", "shared_mlp", "feed_forward", "ffn", "ff", "fc2", "output")
+# Children of a decoder layer that are not its feed-forward, by parts of their names: norms, what mixes positions
+# (attention, state spaces, convolutions, Griffin's recurrent block), Gemma's embeddings per layer, LAuReL and AltUp,
+# hyper-connections, XLM's attention, and Zamba's block that layers share, with the map behind it.
+_NOT_FEED_FORWARD = re.compile(
+    r"norm|att|mamba|ssm|conv|mixer|temporal_block|per_layer|^ple$|laurel|altup|_hc$|^(q|k|v|out)_lin$|shared_transf"
+    r"|^linear$"
+)
+# Linear maps within a feed-forward that choose or weight experts, or widen what routed ones write.
+_NOT_END = re.compile(r"(^|_)(gate|router)$|(^|\.)router\.|latent_proj$")
 
 
 def not_linear(model: nn.Module) -> list[str]:
@@ -284,8 +291,9 @@ def check_layer(model: nn.Module, layer: int) -> nn.Module:
 def feed_forward_ends(model: nn.Module, layers: Sequence[int]) -> dict[str, nn.Module]:
     """The last linear map of some decoder layers' feed-forward, such as `down_proj`, by its name in the model.
 
-    It has the width of the hidden states, which it writes. Routers and gates do not, and routed experts, whose weights
-    are in one parameter of three dimensions, are no linear maps of their own.
+    It has the width of the hidden states, which it writes. Routers and gates are none, nor are routed experts, whose
+    weights are in one parameter of three dimensions. Of attention, Mamba and the like it is only where a layer has
+    nothing else, as in Mamba and NemotronH.
 
     Raises:
         ValueError: if a layer does not exist, or its feed-forward has no such map.
@@ -299,20 +307,28 @@ def _feed_forward_end(model: nn.Module, layer: int) -> tuple[str, nn.Module]:
     width, others = base.config.get_text_config().hidden_size, not_linear(model)
     start = next(name for name, module in model.named_modules() if module is block)
     linear = {
-        name: module
+        inner: module
         for inner, module in block.named_modules()
-        if isinstance(module, LINEAR) and (name := f"{start}.{inner}") not in others
+        if isinstance(module, LINEAR) and f"{start}.{inner}" not in others
     }
-    for name, module in reversed(linear.items()):
+    # Norms have vectors alone; some quantized weights are buffers.
+    parts = [
+        name
+        for name, child in block.named_children()
+        if any(each.dim() > 1 for each in (*child.parameters(), *child.buffers()))
+    ]
+    ends = [name for name in parts if len(parts) == 1 or not _NOT_FEED_FORWARD.search(name)]
+    for inner, module in reversed(linear.items()):
         written = module.nf if isinstance(module, Conv1D) else module.out_features
-        if written == width and name.removeprefix(f"{start}.").split(".")[0] in _FEED_FORWARD:
-            return name, module
-    found = ", ".join(name.removeprefix(f"{start}.") for name in linear) or "none"
+        if written == width and inner.split(".")[0] in ends and not _NOT_END.search(inner):
+            return f"{start}.{inner}", module
+    is_routed = any("experts" in name for name, _ in block.named_parameters())
     raise ValueError(
-        f"layer {layer} of {type(base).__name__} has no linear map that could be trained: expected one that writes "
-        f"the {width} entries of its hidden states, in {', '.join(_FEED_FORWARD)}; found {found}. Routed experts are "
-        "no linear maps. Train LoRA on weights of your choice: unlearning_method('RMU', 'lora').prepare(model, "
-        "LoraConfig(...)), with target_modules, or target_parameters for experts."
+        f"layer {layer} of {type(base).__name__} has no linear map that could be trained: expected one of its "
+        f"feed-forward, which writes the {width} entries of its hidden states; found {', '.join(linear) or 'none'}."
+        f"{' Routed experts are no linear maps.' if is_routed else ''} Train LoRA on weights of your choice: "
+        "unlearning_method('RMU', 'lora').prepare(model, LoraConfig(...)), with target_modules"
+        f"{', or target_parameters for experts' if is_routed else ''}."
     )
 
 
