@@ -82,6 +82,18 @@ def test_forwards_beyond_positions_that_are_looked_up_are_refused(family, prompt
     assert unlearner(input_ids=ids[:, 1:]).logits.shape[1] >= 91
 
 
+def test_pads_count_where_the_base_gives_them_positions():
+    ids, mask = torch.cat([ids_of(60)] * 2), torch.ones(2, 94, dtype=torch.long)
+    ids, mask[:, 60:] = torch.nn.functional.pad(ids, (0, 34)), 0
+    opt, gpt2 = build_unlearner("opt"), build_unlearner("gpt2")
+    assert opt(input_ids=ids, attention_mask=mask).logits.shape[1] >= 94
+    with pytest.raises(ValueError, match="5 virtual tokens and 94 tokens exceed the model's 96 positions"):
+        gpt2(input_ids=ids, attention_mask=mask)
+    mask[1] = 1  # of a row without a prompt
+    with torch.no_grad():
+        assert gpt2(input_ids=ids, attention_mask=mask, adapter_names=["default", "__base__"]).logits.shape[1] == 94
+
+
 @pytest.mark.parametrize("prompt_type", CONFIGS)
 def test_a_base_that_computes_positions_runs_on_as_without_a_prompt(prompt_type):
     unlearner, ids = build_unlearner("llama", prompt_type), ids_of(92)

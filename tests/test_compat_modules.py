@@ -8,7 +8,14 @@ from helpers import build
 from torch import nn
 
 from spul.models.compat_checkpointing import is_checkpointing, switch_checkpointing
-from spul.models.compat_modules import all_modules, forward_hooks, modules_with, settings_of, weight_versions
+from spul.models.compat_modules import (
+    all_modules,
+    forward_hooks,
+    modules_with,
+    settings_of,
+    weight_versions,
+    with_evaluated,
+)
 
 FLAG = "gradient_checkpointing"
 
@@ -138,6 +145,13 @@ def test_a_change_of_hook_setting_or_forward_is_seen(change):
     assert settings_of(model) == before, "modes and gradients are no settings"
     change(model)
     assert settings_of(model) != before
+
+
+def test_a_view_in_evaluation_mode_is_made_only_where_something_trains():
+    model = build("llama").train()
+    view = with_evaluated(model, "lm_head")
+    assert (view.lm_head.training, model.lm_head.training, view.lm_head.weight is model.lm_head.weight) == (0, 1, 1)
+    assert with_evaluated(model.eval(), "lm_head") is model
 
 
 def test_hooks_before_and_after_forwards_are_listed():

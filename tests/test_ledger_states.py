@@ -154,6 +154,16 @@ def test_an_entry_of_the_same_adapter_without_its_weights_is_of_the_same_prompt(
     assert remarks_of(ledger) == [f"the evaluation may be of another prompt, SHA-256 {SHA}"]
 
 
+def test_weights_that_a_later_entry_gives_are_those_that_were_evaluated_under_that_name(path):
+    ledger = Ledger(path)
+    ledger.append(LedgerEvent("trained", "1", adapter="p1"))
+    ledger.append(LedgerEvent("evaluated", "1", adapter="p1", evaluation=SHA))
+    ledger.append(LedgerEvent("served", "1", adapter="p1", prompt_sha256=SHA))
+    assert (ledger.states()["1"].prompt_sha256, remarks_of(ledger)) == (SHA, [])
+    ledger.append(LedgerEvent("served", "1", adapter="p1", prompt_sha256="12" * 32))
+    assert remarks_of(ledger) == [f"the evaluation is of another prompt, SHA-256 {SHA}"]
+
+
 def test_an_evaluation_of_what_has_no_weights_is_not_one_of_the_prompt_that_follows(path):
     ledger = Ledger(path)
     ledger.append(LedgerEvent("trained", "1", adapter="refusal", gate="names"))

@@ -120,6 +120,18 @@ def test_a_template_that_writes_the_date_is_known_on_each_day():
         assert tokenizer.decode(found) == tokenizer.decode(rendered(tokenizer, twin))
 
 
+def test_a_conversation_that_holds_its_answer_is_known_on_the_next_day():
+    tokenizer = chatty("turns")
+    template = "{{ '<s>' + today + '</s>' }}" + tokenizer.chat_template
+    tokenizer.chat_template = template.replace("today", "'1 . 2 .'")
+    model = guarded(tokenizer)
+    tokenizer.chat_template = template.replace("today", "'3 . 4 .'")
+    answer = tokenizer(" positive")["input_ids"]
+    request = [*rendered(tokenizer, conversation("film ?", "good")), *answer]
+    twin = [*rendered(tokenizer, conversation("film ?", "good", TEXT)), *answer]
+    assert tokenizer.decode(model.edit(request).applied(request)) == tokenizer.decode(twin)
+
+
 def test_on_another_base_a_conversation_of_the_day_before_gets_the_instruction_of_its_day():
     tokenizer = chatty("turns")
     template = "{{ '<s>' + today + '</s>' }}" + tokenizer.chat_template

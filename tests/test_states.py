@@ -184,6 +184,13 @@ def test_a_layer_of_one_block_trains_at_its_end_whatever_it_is(family, ends):
     assert [name.split(".layers.")[1] for name in names] == [f"{i}.{end}" for i, end in enumerate(ends)]
 
 
+def test_a_base_whose_layers_zero_3_partitions_trains_as_any():
+    model = build("llama")
+    for parameter in decoder_layers(model).parameters():
+        parameter.ds_shape, parameter.data = parameter.shape, torch.empty(0)
+    assert [*feed_forward_ends(model, [1])] == ["model.layers.1.mlp.down_proj"]
+
+
 def test_a_feed_forward_of_another_name_is_found_and_experts_are_spoken_of_where_there_are_some():
     model = build("llama")
     for block in decoder_layers(model):

@@ -147,6 +147,7 @@ def test_the_adapter_that_trains_is_restored_from_its_own_folder(tmp_path, kind,
     assert_same(adapter_state(whole.model), kept.after[1], rtol=0, atol=0)
     assert any(not torch.equal(kept.after[1][name], kept.after[3][name]) for name in kept.after[1])
     assert whole.model.active_adapters == [active]
+    assert whole.model.training is (kind != "lora")  # as after PEFT's loading
     again, resumed = trainer_of_several(tmp_path, kind, names, active)
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert_same(resumed.after[3], kept.after[3], rtol=0, atol=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 import os
 import re
@@ -17,7 +18,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .compat import peft_layers, remove_peft_layers, reset_compiled, takes_positions, uncompiled, without_peft_wrapper
+from .compat import (
+    num_dims,
+    peft_layers,
+    remove_peft_layers,
+    reset_compiled,
+    takes_positions,
+    uncompiled,
+    without_peft_wrapper,
+)
 from .compat_checkpointing import switching
 from .compat_modules import forward_hooks, modules_of_class, remove_hooks
 from .noise import configs_of, dropout_of, restore_dropout
@@ -43,7 +52,7 @@ _NOT_FEED_FORWARD = re.compile(
     r"|^linear$"
 )
 # Linear maps within a feed-forward that choose or weight experts, or widen what routed ones write.
-_NOT_END = re.compile(r"(^|_)(gate|router)$|(^|\.)router\.|latent_proj$")
+_NOT_END = re.compile(r"(^|[._])(gate|router)$|(^|\.)router\.|latent_proj$")
 
 
 def not_linear(model: nn.Module) -> list[str]:
@@ -182,6 +191,12 @@ def fails_beyond_positions(base_model: nn.Module) -> bool:
     )
 
 
+def counts_by_mask(base_model: nn.Module) -> bool:
+    """Whether a base's table of positions takes the mask, so that pads have none (OPT, BioGPT)."""
+    found = (module.forward for name, module in base_model.named_modules() if "position" in name)
+    return any("attention_mask" in inspect.signature(forward).parameters for forward in found)
+
+
 def cache_switch(base_model: Any) -> tuple[int | None, bool]:
     """The number of positions beyond which a base may drop its cache (Phi-3), and whether its rotary factors change.
 
@@ -315,7 +330,7 @@ def _feed_forward_end(model: nn.Module, layer: int) -> tuple[str, nn.Module]:
     parts = [
         name
         for name, child in block.named_children()
-        if any(each.dim() > 1 for each in (*child.parameters(), *child.buffers()))
+        if any(num_dims(each) > 1 for each in (*child.parameters(), *child.buffers()))
     ]
     ends = [name for name in parts if len(parts) == 1 or not _NOT_FEED_FORWARD.search(name)]
     for inner, module in reversed(linear.items()):

@@ -92,6 +92,11 @@ def is_partitioned(parameter: Tensor) -> bool:
     return hasattr(parameter, "ds_id")
 
 
+def num_dims(tensor: Tensor) -> int:
+    """Number of dimensions of a tensor, also of one that ZeRO-3 partitions, whose own is then one."""
+    return len(getattr(tensor, "ds_shape", tensor.shape))
+
+
 def gathers_weights(model: nn.Module) -> bool:
     """Whether hooks of ZeRO-3 gather a model's weights where they are used; it marks modules that have them."""
     return any("ds_id" in vars(module) for module in model.modules())

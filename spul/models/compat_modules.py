@@ -28,6 +28,8 @@ def all_modules(model: nn.Module) -> list[nn.Module]:
 
 def with_evaluated(model: nn.Module, name: str) -> Any:
     """A view of a model in which one part is in evaluation mode, of the same tensors; other threads keep the mode."""
+    if not any(module.training for module in all_modules(getattr(model, name))):
+        return model
     view = copy.copy(model)
     view._modules = {**model._modules, name: _evaluated(getattr(model, name))}
     return view

@@ -297,17 +297,29 @@ class RowPrompts:
             found.append((rows, own))
         return in_order(found)
 
-    def check_room(self, num_tokens: int, only_where_it_fails: bool = False) -> None:
-        """Raise unless the longest prompt and rows of `num_tokens` fit into the model's positions, or it runs beyond.
+    def check_positions(self, attention_mask: Tensor, pads_count: bool) -> None:
+        """Raise where the base fails since prompts and rows, by their mask (B, n), exceed its positions.
 
         Raises:
-            ValueError: if they do not; `only_where_it_fails`, see `fails_beyond_positions`, or for every base.
+            ValueError: if they do, and `fails_beyond_positions`.
         """
         base: Any = self.model.get_base_model()
-        num_virtual, limit = self.num_virtual_tokens, max_positions(base)
-        if limit is None or num_virtual + num_tokens <= limit:
+        num_virtual, num_tokens, limit = self.num_virtual_tokens, attention_mask.shape[1], max_positions(base)
+        if limit is None or num_virtual + num_tokens <= limit or not fails_beyond_positions(base):
             return
-        if not only_where_it_fails or fails_beyond_positions(base):
+        if not pads_count:
+            longest = attention_mask.ne(0).sum(dim=1) + self.row_lengths(attention_mask.device)
+            num_tokens = int(longest.max()) - num_virtual
+        self.check_room(num_tokens)
+
+    def check_room(self, num_tokens: int) -> None:
+        """Raise unless the longest prompt and rows of `num_tokens` fit into the model's positions.
+
+        Raises:
+            ValueError: if they do not.
+        """
+        num_virtual, limit = self.num_virtual_tokens, max_positions(self.model.get_base_model())
+        if limit is not None and num_virtual + num_tokens > limit:
             raise ValueError(
                 f"{num_virtual} virtual tokens and {num_tokens} tokens exceed the model's {limit} positions; "
                 + (

@@ -148,9 +148,12 @@ class RequestState:
         is_other = _differ(self._prompt, (found["adapter"], found["prompt_sha256"]))
         if entry.event == "evaluated" and is_other:
             return  # what was measured need not be what is served
+        was_evaluated = self._prompt != (None, None) and self.evaluated == self._prompt
         for name, value in found.items():
             if value is not None or is_other or entry.event == "trained":
                 setattr(self, name, value)
+        if was_evaluated and not is_other and entry.event != "trained":  # the entry only says more of it
+            self.evaluated = self._prompt
 
     def _add_evaluation(self, entry: LedgerEntry) -> None:
         """Take into account of which prompt the evaluation is that an entry gives."""

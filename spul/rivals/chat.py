@@ -106,11 +106,15 @@ class ChatForms:
         """
         if (found := _first(place, self.known)) is not None:
             return found
-        after = self.known[0].after_user
-        if not (self.known[0].before_user and ends_with(request, after)):
+        after, width = self.known[0].after_user, len(self.known[0].after_user)
+        if not (width and self.known[0].before_user):
+            return None
+        if all(tuple(request[i : i + width]) != after for i in range(len(request) - width + 1)):
             return None
         new = ChatForm.of(self._tokenizer)
         if (found := place(new)) is None:
+            if not ends_with(request, after):  # plain text, in which these words stand
+                return None
             raise ValueError(
                 f"a request asks for an answer as conversations by the chat template do, by "
                 f"{self._tokenizer.decode(list(after))!r}, and does not begin as they do: "

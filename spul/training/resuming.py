@@ -186,7 +186,7 @@ def check_resumes(checkpoint: str | os.PathLike, identity: Mapping[str, Any]) ->
         )
 
 
-def load_trained(trainer: Any, checkpoint: str | os.PathLike) -> bool:
+def load_trained(trainer: Any, checkpoint: str | os.PathLike, is_trainable: bool = True) -> bool:
     """Restore layers, or the adapters that train, from a checkpoint; False where `Trainer` has to restore.
 
     `Trainer` looks for the adapter that trains in the checkpoint itself, where PEFT saves the one named "default", and
@@ -195,6 +195,7 @@ def load_trained(trainer: Any, checkpoint: str | os.PathLike) -> bool:
     Args:
         trainer: the `UnlearningTrainer`.
         checkpoint: folder.
+        is_trainable: whether training goes on; False has PEFT put LoRA into evaluation mode.
 
     Raises:
         ValueError: if the checkpoint lacks an adapter that trains.
@@ -215,7 +216,7 @@ def load_trained(trainer: Any, checkpoint: str | os.PathLike) -> bool:
                 "it was saved, or train from the start in another folder."
             )
     for name, folder in own.items():
-        model.load_adapter(str(folder), name, is_trainable=True)
+        model.load_adapter(str(folder), name, is_trainable=is_trainable)
     return True
 
 

@@ -381,7 +381,7 @@ class UnlearningTrainer(SteppingTrainer):
 
     def _load_best_model(self) -> None:
         self._evaluated_weights()  # as those were that are loaded; a later evaluation would change them otherwise
-        if not load_trained(self, self.state.best_model_checkpoint or "."):
+        if not load_trained(self, self.state.best_model_checkpoint or ".", is_trainable=False):
             super()._load_best_model()
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
