@@ -6,7 +6,14 @@ import pytest
 from datasets import Dataset
 from helpers import CHAT_TEMPLATE, make_tokenizer
 
-from spul.data.conversations import comparable, content_of, conversation_prompt_ids, message_start, with_content
+from spul.data.conversations import (
+    comparable,
+    content_of,
+    conversation_prompt_ids,
+    leaves_out,
+    message_start,
+    with_content,
+)
 from spul.data.encoder import RowEncoder
 
 TURNS = [
@@ -188,6 +195,14 @@ def test_a_row_with_an_instruction_that_the_template_drops_is_refused(at):
                 continue
             with pytest.raises(ValueError, match="leaves out messages of the role 'developer', and a row has one"):
                 encode({"prompt": prompt, **INSTRUCTED})
+
+
+@pytest.mark.parametrize(
+    "content", ["{{ m['content'] }}", "{{ m['content'][0]['text'] }}", "{{ m['content'] + '.' }}"]
+)
+def test_a_template_that_takes_parts_or_texts_leaves_out_what_it_does_not_render(content):
+    template = "{% for m in messages %}{% if m['role'] != 'developer' %}" + content + "{% endif %}{% endfor %}"
+    assert [leaves_out(chatty(template), role) for role in ("system", "developer")] == [False, True]
 
 
 def test_a_template_that_renders_every_role_takes_rows_with_each():

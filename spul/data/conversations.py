@@ -120,11 +120,13 @@ def leaves_out(tokenizer: Any, role: str) -> bool:
         tokenizer: has the chat template.
         role: the role.
     """
-    asked = {"role": "user", "content": MARK}
+
+    def message(role: str, text: str) -> dict[str, Any]:  # in parts, of which `_rendered` makes a text where needed
+        return {"role": role, "content": [{"type": "text", "text": text}]}
+
+    asked = message("user", MARK)
     try:
-        first, other = (
-            _rendered(tokenizer, [{"role": role, "content": mark}, asked], True, tokenize=False) for mark in MARKS
-        )
+        first, other = (_rendered(tokenizer, [message(role, mark), asked], True, tokenize=False) for mark in MARKS)
     except ValueError:
         return False
     return bool(first == other)
@@ -141,9 +143,10 @@ def check_instructions(tokenizer: Any, prompt: list, cached: Cached) -> None:
     Raises:
         ValueError: if it does.
     """
+    if not (roles := {one["role"] for one in prompt}.intersection(INSTRUCTING)):
+        return
     key = (str(tokenizer.chat_template), INSTRUCTING)
     left_out = cached(key, lambda: [leaves_out(tokenizer, role) for role in INSTRUCTING])
-    roles = {one["role"] for one in prompt}
     for role, is_left_out in zip(INSTRUCTING, left_out, strict=True):
         if is_left_out and role in roles:
             raise ValueError(
