@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..losses.positions import has_left_padding, pack_right
 from ..losses.terms import IGNORE_INDEX
-from ..models.causal_lm import counts_by_mask, needs_gradient
+from ..models.causal_lm import needs_gradient
 from .arguments import CACHES, check_forward_arguments, check_rows, drop_token_types
 from .row_prompts import RowPrompts, in_order
 from .shared_prefix import is_prefix, prompt_states, shares_states
@@ -55,8 +55,7 @@ def ordinary_forward(
         raise ValueError(f"forward takes either input_ids or inputs_embeds; found {'both' if embeds else 'neither'}.")
     rows = kwargs["inputs_embeds"][..., 0] if input_ids is None else input_ids
     check_rows(rows, attention_mask)
-    mask = torch.ones_like(rows) if attention_mask is None else attention_mask
-    RowPrompts(model, len(rows)).check_positions(mask, pads_count=not counts_by_mask(model.get_base_model()))
+    RowPrompts(model, len(rows)).check_positions(rows, attention_mask, by_column=True)
     if attention_mask is None or not has_left_padding(attention_mask):
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
         return _forward(model, concatenated, **inputs, **kwargs)
@@ -212,9 +211,9 @@ def named_forward(
     kwargs.pop("use_cache", None)
     num_items = kwargs.pop("num_items_in_batch", None)
     prompts = RowPrompts(model, len(input_ids), adapter_names, prompt_position)
-    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     if prompts.names_a_prompt:
-        prompts.check_positions(mask, pads_count=False)
+        prompts.check_positions(input_ids, attention_mask, by_column=False)
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     columns = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
     mask, ids, origin = pack_right(mask, input_ids, columns)
     if groups := prompts.apart(mask):

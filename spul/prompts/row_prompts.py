@@ -10,7 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..models.causal_lm import cache_switch, fails_beyond_positions, logits_at, max_positions, needs_gradient
+from ..models.causal_lm import (
+    cache_switch,
+    counts_by_mask,
+    fails_beyond_positions,
+    logits_at,
+    max_positions,
+    needs_gradient,
+)
 from ..models.compat import is_sharded
 from ..models.compat_checkpointing import is_checkpointing
 from ..models.compat_devices import device_of
@@ -297,17 +304,19 @@ class RowPrompts:
             found.append((rows, own))
         return in_order(found)
 
-    def check_positions(self, attention_mask: Tensor, pads_count: bool) -> None:
-        """Raise where the base fails since prompts and rows, by their mask (B, n), exceed its positions.
+    def check_positions(self, rows: Tensor, attention_mask: Tensor | None, by_column: bool) -> None:
+        """Raise where the base fails since prompts and rows (B, n) exceed its positions.
+
+        Pads have positions `by_column`, unless the base counts by the mask.
 
         Raises:
             ValueError: if they do, and `fails_beyond_positions`.
         """
         base: Any = self.model.get_base_model()
-        num_virtual, num_tokens, limit = self.num_virtual_tokens, attention_mask.shape[1], max_positions(base)
+        num_virtual, num_tokens, limit = self.num_virtual_tokens, rows.shape[1], max_positions(base)
         if limit is None or num_virtual + num_tokens <= limit or not fails_beyond_positions(base):
             return
-        if not pads_count:
+        if attention_mask is not None and (not by_column or counts_by_mask(base)):
             longest = attention_mask.ne(0).sum(dim=1) + self.row_lengths(attention_mask.device)
             num_tokens = int(longest.max()) - num_virtual
         self.check_room(num_tokens)

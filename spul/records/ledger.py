@@ -150,7 +150,7 @@ class Ledger:
         return states_of(self._read())
 
     def revocations(self, request: str) -> int:
-        """How often a request was revoked by now: for `append`, when work begins that it is to be told of.
+        """Number of revocations of a request by now, for `append` to compare when the work that begins has ended.
 
         Args:
             request: its name, also one that no entry names.

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from .ledger_events import LedgerEntry
 from .ledger_lines import FIRST, entry_of
-from .ledger_states import RequestState
+from .ledger_states import RequestState, add_to
 
 
 class LedgerFollower:
@@ -66,8 +66,7 @@ class LedgerFollower:
         sequence, previous = (-1, FIRST) if self._last is None else (self._last.sequence, self._last.digest)
         if entry is None or (entry.sequence, entry.previous) != (sequence + 1, previous):
             raise self._broken(f"what follows entry {sequence} does not continue it")
-        if entry.request is not None:
-            self._states.setdefault(entry.request, RequestState(entry.request)).add(entry)
+        add_to(self._states, entry)
         self._last, self._end = entry, self._end + len(line) + 1
 
     def _broken(self, reason: str) -> ValueError:

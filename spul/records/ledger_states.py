@@ -224,9 +224,19 @@ def states_of(entries: Iterable[LedgerEntry]) -> dict[str, RequestState]:
     """
     found: dict[str, RequestState] = {}
     for entry in entries:
-        if entry.request is not None:
-            found.setdefault(entry.request, RequestState(entry.request)).add(entry)
+        add_to(found, entry)
     return found
+
+
+def add_to(states: dict[str, RequestState], entry: LedgerEntry) -> None:
+    """Take an entry into account in the state of its request, if it has one.
+
+    Args:
+        states: each request by its name.
+        entry: the next one of a ledger.
+    """
+    if entry.request is not None:
+        states.setdefault(entry.request, RequestState(entry.request)).add(entry)
 
 
 def entry_in_words(entry: LedgerEntry) -> list[str]:
@@ -251,7 +261,7 @@ def _adapter_of(entry: LedgerEntry) -> str | None:
 
 
 def _named(adapter: str | None, prompt_sha256: str | None) -> str | None:
-    """What tells a prompt from others: its weights, where an entry gives them, else its name; None without either."""
+    """The mark of a prompt among others: its weights, where an entry gives them, else its name, if there is one."""
     return adapter if prompt_sha256 is None else prompt_sha256
 
 
