@@ -9,7 +9,7 @@ import torch
 from helpers import CONFIGS, prompted
 
 from spul.gates import NameGate
-from spul.prompts.row_prompts import NO_PROMPT
+from spul.prompts.names import NO_PROMPT
 from spul.records import DataSummary, Ledger, LedgerEvent, SpulConfig
 from spul.records.ledger_events import EVENTS
 from spul.records.ledger_lines import next_line

@@ -22,7 +22,7 @@ from ..models.causal_lm import bare_model, max_positions
 from ..models.compat import is_sharded
 from ..models.compat_devices import is_offloaded
 from ..models.unlearner import detached_base, unlearner_of
-from ..prompts.row_prompts import NO_PROMPT
+from ..prompts.names import NO_PROMPT
 from ..records.digests import digest_of_rows
 from ..records.fields import is_count
 from .aggregation import Key, Measurement

@@ -17,8 +17,8 @@ from ..data.checks import checked_strings
 from ..losses.positions import ends_before_labels, ends_before_responses, own_tokens
 from ..models.protocol import Unlearner
 from ..prompts.arguments import check_rows
+from ..prompts.names import check_has_adapter
 from ..prompts.position import check_any_row
-from ..prompts.row_prompts import check_has_adapter
 from ..prompts.unlearner import SoftPromptUnlearner
 from .gate import Gate, as_gate, request_texts
 from .gated_files import gate_of, read_gated, write_gated

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from ..prompts.row_prompts import NO_PROMPT
+from ..prompts.names import NO_PROMPT
 from .gate import Gate
 
 

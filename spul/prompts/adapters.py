@@ -24,8 +24,8 @@ from ..records.files import check_hub_arguments
 from ..records.spul_config import SpulConfig
 from . import checkpoint
 from .configs import check_peft_config, check_promptable, filled
+from .names import check_adapter_names, check_has_adapter, check_new_name
 from .position import check_position
-from .row_prompts import check_adapter_names, check_has_adapter, check_new_name
 from .shared_prefix import drop_cached
 from .starts import Start, check_start, start_prompt
 

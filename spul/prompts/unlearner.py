@@ -25,9 +25,10 @@ from .arguments import METHODS_OF_THE_BASE, METHODS_OF_WEIGHTS
 from .configs import check_causal_lm, check_peft_config, check_promptable, filled
 from .generation import generate_disabled, generate_prompted
 from .inference import named_forward, ordinary_forward
+from .names import NO_PROMPT, check_adapter_names
 from .position import check_position, stands_inside
 from .probe import check_prefix
-from .row_prompts import NO_PROMPT, RowPrompts, check_adapter_names, under
+from .row_prompts import RowPrompts, under
 from .shared_prefix import cached_prompts, is_prefix
 from .starts import Start, check_start, start_prompt
 

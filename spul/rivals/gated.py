@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..gates.gate import Gate, as_gate, request_texts
-from ..prompts.row_prompts import NO_PROMPT
+from ..prompts.names import NO_PROMPT
 from .rival import Rival
 
 

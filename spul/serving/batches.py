@@ -18,7 +18,7 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 
 from ..models.causal_lm import max_positions
 from ..prompts.arguments import generation_settings
-from ..prompts.row_prompts import NO_PROMPT
+from ..prompts.names import NO_PROMPT
 from ..rivals.refusal import FixedRefusal
 from .answers import Piece
 from .engine import Job, choose_prompts, end_tokens, refused

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 from ..gates.routes import Routes
-from ..prompts.row_prompts import NO_PROMPT
+from ..prompts.names import NO_PROMPT
 from ..rivals.refusal import FixedRefusal
 from .answers import AnswerParts, Piece
 from .errors import ApiError, prompts_changed

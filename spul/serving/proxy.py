@@ -14,7 +14,8 @@ import torch
 
 from ..gates.gated import GatedUnlearner
 from ..models.compat_devices import device_of
-from ..prompts.row_prompts import NO_PROMPT, under
+from ..prompts.names import NO_PROMPT
+from ..prompts.row_prompts import under
 from ..records.fields import is_count
 from .answers import Piece
 from .engine import Job, choose_prompts, end_tokens, refused
