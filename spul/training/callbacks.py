@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
+from transformers.trainer_utils import has_length
 
 from ..data.collator import ForgetRetainCollator
 from ..models.compat import reset_compiled
@@ -129,18 +130,30 @@ class EmbeddingNoise:
 class EpochCallback(TrainerCallback):
     """Sets the epoch of collator and sampler, so that draws resume, and drops metrics of an earlier prompt.
 
-    Passes are counted, since for a stream the epoch of `TrainerState` is the share of `max_steps`.
+    Passes are counted, since for a stream the epoch of `TrainerState` is the share of `max_steps`. Checkpoints have
+    their number.
 
     Args:
         trainer: an `UnlearningTrainer`.
         collator: its collator.
     """
 
+    KEY = "passes"
+
     def __init__(self, trainer: Any, collator: ForgetRetainCollator) -> None:
         self.trainer, self.collator, self.epoch, self.resumed = trainer, collator, 0, False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.epoch, self.resumed = int(state.epoch or 0), state.global_step > 0
+        if not has_length(kwargs["train_dataloader"]):
+            self.epoch = state.stateful_callbacks.get(self.KEY, 1) - 1
+            if self.epoch:
+                logger.warning(
+                    "training goes on after step %d, in pass %d over a stream, whose rows can be skipped in the first "
+                    "pass only: it goes on with the first row of the next pass.",
+                    state.global_step,
+                    self.epoch + 1,
+                )
         self.trainer.restart_terms()  # also when auto_find_batch_size tries again
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -151,6 +164,7 @@ class EpochCallback(TrainerCallback):
         if self.trainer.sampler is not None:
             self.trainer.sampler.set_epoch(self.epoch)
         self.epoch += 1
+        state.stateful_callbacks[self.KEY] = self.epoch
         self.trainer.begin_pass(may_be_empty=self.resumed)
         self.resumed = False
 

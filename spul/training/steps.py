@@ -14,7 +14,7 @@ from ..losses.multiplier import RetainMultiplier
 from ..losses.terms import IGNORE_INDEX, SUMMED_TOKENS
 from ..losses.unlearning_loss import UnlearningLoss, with_reduction
 from ..models.compat import is_without_batches
-from .callbacks import MultiplierCallback, TermSums
+from .callbacks import EpochCallback, MultiplierCallback, TermSums
 from .checks import check_base_is_frozen, check_trains, no_rows_in_words, trained_parameters, warn_of_one_side
 from .evaluation import EvaluatingTrainer
 from .forward import step_counts, unlearning_forward
@@ -52,6 +52,7 @@ class SteppingTrainer(EvaluatingTrainer):
     _may_be_empty = False  # a pass, whose rows were all trained on before training was resumed
     _rows_read: Tensor | None = None  # of each side, by all processes; None before the first of a pass
     _passes_checked = False
+    _left: list[dict[str, Any]]  # batches of a stream's pass that made no whole step
 
     def _take_multiplier(self) -> None:
         """Take the multiplier of the model's loss, with the settings that were set on the one before."""
@@ -69,30 +70,43 @@ class SteppingTrainer(EvaluatingTrainer):
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """Read the batches of a step, and add the numbers of forget and retain rows of the whole step to each.
 
+        Of a stream, whose end is not known before, the batches that make no whole step wait for the next pass.
+
         Raises:
-            ValueError: if the first pass over a stream has no rows, or the base would train.
+            ValueError: if the first pass over a stream has no rows, or too few for a step, or the base would train.
 
         Warns:
-            of a later pass without rows, with which training ends.
+            of a later pass without a step, with which training ends.
         """
         if self._trained is None or self._trained[0] is not self.optimizer:
             self._trained = (self.optimizer, trained_parameters(self.unlearner))
             check_base_is_frozen(self.unlearner)
         self._is_checked = False
         may_be_empty = self._may_be_empty or self._rows_read is not None
+        waiting, self._left = self._left, []
         try:
-            batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+            batches, num_items = super().get_batch_samples(epoch_iterator, num_batches - len(waiting), device)
         except ValueError as error:
             if may_be_empty or not is_without_batches(error):
                 raise
             batches, num_items = [], None
+        batches = [*waiting, *batches]
+        if len(batches) < num_batches and is_stream(self._rows):
+            batches, self._left = [], batches  # Trainer would add their gradients to those of the next step
         for batch in batches:
             check_is_forget(batch, "a batch")
         if not batches and is_stream(self._rows) and not may_be_empty:
+            said = no_rows_in_words(self._rows)
+            if num := len(self._left) - len(waiting):
+                said = (
+                    f"train_dataset, a stream, gave {num} batch(es) in a pass over it, fewer than a step has "
+                    f"(gradient_accumulation_steps={num_batches}). Lower that, or the batch size."
+                )
             if not self.state.global_step:
-                raise ValueError(no_rows_in_words(self._rows))
+                raise ValueError(said)
             # Trainer ends there, as at max_steps: what was trained is saved.
-            logger.warning("%s Training ends after step %d.", no_rows_in_words(self._rows), self.state.global_step)
+            logger.warning("%s Training ends after step %d.", said, self.state.global_step)
+            self._may_be_empty = True  # said once
         if not batches:
             return batches, num_items
         self._note_long_rows(batches)
@@ -197,6 +211,13 @@ class SteppingTrainer(EvaluatingTrainer):
                 logs.update(self.multiplier.logs())
         super().log(logs, start_time)
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # Trainer would take one step more of a checkpoint that has them all, within an epoch, beyond the schedule.
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+        else:
+            self.control.should_training_stop = True  # of a stream it would begin passes for ever
+
     def begin_pass(self, may_be_empty: bool) -> None:
         """Begin a pass over the rows; `EpochCallback` calls it.
 
@@ -217,11 +238,13 @@ class SteppingTrainer(EvaluatingTrainer):
     def _load_callback_state(self) -> None:
         # Trainer takes every entry for a callback's, and would say of these that they are ignored.
         states: Any = self.state.stateful_callbacks
-        own = {name: states.pop(name) for name in (IDENTITY, ENTRY, MultiplierCallback.KEY) if name in states}
+        names = (IDENTITY, ENTRY, MultiplierCallback.KEY, EpochCallback.KEY)
+        own = {name: states.pop(name) for name in names if name in states}
         super()._load_callback_state()
         states.update(own)
 
     def restart_terms(self) -> None:
-        """Forget the terms of batches that are not logged; `EpochCallback` calls it when training begins."""
+        """Forget batches without a step, and terms that are not logged; `EpochCallback` calls it at the start."""
+        self._left = []
         names = TERMS if self._loss.gamma > 0 else TERMS[:-1]
         self._terms = TermSums(names, self.args.device, self.state.global_step)

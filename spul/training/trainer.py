@@ -370,11 +370,6 @@ class UnlearningTrainer(SteppingTrainer):
             self._learner.save_pretrained(self.args.output_dir)
         super()._push_from_checkpoint(checkpoint_folder)
 
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        # Trainer would take one step more of a checkpoint that has them all, within an epoch, beyond the schedule.
-        if self.state.global_step < self.state.max_steps:
-            super()._run_epoch(*args, **kwargs)
-
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if not load_trained(self, resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
