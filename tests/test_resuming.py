@@ -11,6 +11,7 @@ from datasets import Dataset
 from helpers import (
     GENERIC,
     arguments,
+    assert_same,
     build,
     make_answers,
     make_collator,
@@ -18,8 +19,10 @@ from helpers import (
     make_tokenizer,
     make_trainer,
     make_unlearner,
+    prompt_state,
     rows,
 )
+from transformers import AutoModelForCausalLM, EarlyStoppingCallback
 
 from spul import UnlearningLoss, UnlearningTrainer, forget_retain_dataset
 from spul.losses import CrossEntropy, KLDivergence
@@ -144,15 +147,33 @@ def test_a_base_that_is_not_in_memory_is_not_compared(saved, tmp_path, monkeypat
 def test_a_whole_model_that_trains_resumes_from_weights_of_its_own(tmp_path):
     """Its weights after a checkpoint are others than before; the rows and the loss are compared."""
 
-    def whole(dataset=None, **more):
+    def whole(dataset=None, model=None, **more):
         given = {"loss": UnlearningLoss(), "reference": "cached", "reference_dir": tmp_path / "reference"}
         args = arguments(tmp_path, **{**STEPS, **more})
-        return UnlearningTrainer(build("llama"), args, make_collator(), dataset or make_dataset(), **given)
+        model = build("llama") if model is None else model
+        return UnlearningTrainer(model, args, make_collator(), dataset or make_dataset(), **given)
 
     whole().train()
     with pytest.raises(ValueError, match=r"rows\.retain: 21 saved, 20 passed"):
         whole(make_dataset(11, 20)).train(resume_from_checkpoint=True)
     again = whole(max_steps=2)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 2
+    half = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-1")
+    with pytest.raises(ValueError, match=r"settings: base: \w{12} saved, \w{12} passed\. Resume"):
+        whole(model=half, max_steps=3).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    again.args.max_steps = 3
+    again.train(resume_from_checkpoint=True)  # with the reference that it has
+    assert again.state.global_step == 3
+
+
+def test_a_whole_model_without_a_reference_resumes_from_any_weights(tmp_path):
+    def whole(model, **more):
+        args = arguments(tmp_path, **{**STEPS, **more})
+        return UnlearningTrainer(model, args, make_collator(), make_dataset(), loss=UnlearningLoss(beta=0.0))
+
+    whole(build("llama")).train()
+    again = whole(AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-1"), max_steps=2)
     again.train(resume_from_checkpoint=True)
     assert again.state.global_step == 2
 
@@ -232,6 +253,23 @@ def test_rows_that_a_transform_draws_anew_resume_and_their_numbers_are_compared(
         make(tmp_path, fewer, own=own, max_steps=3).train(resume_from_checkpoint=True)
 
 
+def test_a_transform_reads_every_column_in_training_too(tmp_path):
+    styled = make_dataset().add_column("style", ["Sir,"] * 32)
+
+    def with_style(batch):
+        return {
+            **batch,
+            "prompt": [f"{style} {text}" for style, text in zip(batch["style"], batch["prompt"], strict=True)],
+        }
+
+    trainer = make(tmp_path, styled.with_transform(with_style))
+    trainer.train()
+    plain_rows = styled.map(with_style, batched=True).remove_columns("style")
+    plain = make(tmp_path / "plain", plain_rows)
+    plain.train()
+    assert_same(prompt_state(trainer.model), prompt_state(plain.model), rtol=0, atol=0)
+
+
 def test_a_step_of_as_many_rows_in_other_batches_is_the_same(tmp_path):
     sizes = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
     make(tmp_path, **sizes).train()
@@ -290,3 +328,66 @@ def test_states_of_callbacks_are_restored_without_a_word_of_what_this_library_ke
 def test_an_error_in_a_save_that_is_none_of_writing_stays_as_it_is(tmp_path):
     with pytest.raises(RuntimeError, match="CUDA out of memory"), saving_into(tmp_path):
         raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_the_rows_of_a_step_are_those_of_the_batch_size_that_was_found(tmp_path):
+    settings = {"per_device_train_batch_size": 8, "auto_find_batch_size": True}
+    first = make(tmp_path, **settings)
+    step = first.training_step
+
+    def with_memory_for_four(model, inputs, *more, **kwargs):
+        if len(inputs["input_ids"]) > 4:
+            raise RuntimeError("CUDA out of memory.")
+        return step(model, inputs, *more, **kwargs)
+
+    first.training_step = with_memory_for_four
+    first.train()
+    checkpoint = str(tmp_path / "checkpoint-1")
+    found = first._train_batch_size
+    assert found <= 4
+    with pytest.raises(ValueError, match=f"rows_of_a_step: {found} saved, 8 passed"):
+        make(tmp_path, per_device_train_batch_size=8, max_steps=2).train(resume_from_checkpoint=checkpoint)
+    for more in ({"per_device_train_batch_size": found}, settings):  # Trainer goes on with the size that was found
+        again = make(tmp_path, **{**more, "max_steps": 2})
+        again.train(resume_from_checkpoint=checkpoint)
+        assert again.state.global_step == 2
+        assert again._train_batch_size == found
+
+
+def test_rows_dropped_at_the_end_and_lengths_to_group_by_are_noticed(tmp_path):
+    grouped = {"train_sampling_strategy": "group_by_length"}
+    lengths = list(range(1, 33))
+    make(tmp_path, make_dataset().add_column("length", lengths), **grouped).train()
+    again = make(tmp_path, make_dataset().add_column("length", lengths[::-1]), max_steps=2, **grouped)
+    with pytest.raises(ValueError, match=r"settings: lengths: \w{12} saved, \w{12} passed\. Resume"):
+        again.train(resume_from_checkpoint=True)
+    same = make_dataset().add_column("length", lengths)
+    with pytest.raises(ValueError, match="settings: dataloader_drop_last: False saved, True passed"):
+        make(tmp_path, same, max_steps=2, dataloader_drop_last=True, **grouped).train(resume_from_checkpoint=True)
+    make(tmp_path, same, max_steps=2, **grouped).train(resume_from_checkpoint=True)
+
+
+def test_a_checkpoint_that_notes_less_as_one_of_an_earlier_version_resumes(tmp_path):
+    make(tmp_path).train()
+    path = tmp_path / "checkpoint-1" / "trainer_state.json"
+    state = json.loads(path.read_text())
+    saved = state["stateful_callbacks"][IDENTITY]
+    del saved["dataloader_drop_last"], saved["lengths"]
+    saved["rows_of_a_step"] *= 2  # as asked for, where half fitted into memory
+    path.write_text(json.dumps(state))
+    with pytest.raises(ValueError, match=r"settings: loss\.alpha: 1\.0 saved, 0\.25 passed\. Resume"):
+        make(tmp_path, loss=UnlearningLoss(alpha=0.25), max_steps=2).train(resume_from_checkpoint=True)
+    again = make(tmp_path, max_steps=2, dataloader_drop_last=True)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 2
+
+
+def test_a_callback_that_the_checkpoint_did_not_have_is_saved_with_the_next(tmp_path):
+    make(tmp_path).train()
+    settings = {"eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": "loss", "max_steps": 2}
+    own = {"callbacks": [EarlyStoppingCallback(3)], "eval_dataset": rows("jane", 3)}
+    make(tmp_path, own=own, **settings).train(resume_from_checkpoint=True)
+    again = make(tmp_path, own=own, **{**settings, "max_steps": 3})
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 3
+    assert "EarlyStoppingCallback" in again.state.stateful_callbacks

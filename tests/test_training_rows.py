@@ -39,6 +39,17 @@ def test_digests_under_a_key_are_those_of_the_rows_that_the_owner_has():
     assert (forget, retain) == tuple(summarize_rows(group, KEY) for group in groups)
 
 
+def test_rows_that_are_tokenized_ahead_say_which_were_rewritten():
+    collator, rows = make_collator(), make_dataset(3, 1500)  # more than are written at once
+    rewritten = with_rewritten(rows, {0, len(rows) - 1})
+    given, tokenized = (
+        TrainingRows(some.map(collator.tokenize, remove_columns=some.column_names), collator, KEY)
+        for some in (rows.select(range(1, len(rows) - 1)), rewritten)
+    )
+    assert tokenized.summaries == given.summaries
+    assert tokenized.rewritten == TrainingRows(rewritten, collator, None).rewritten
+
+
 def test_the_identity_is_that_of_the_rows_in_their_order():
     rows = make_dataset(3, 5)
     assert facts(rows).identity == facts(make_dataset(3, 5)).identity

@@ -20,7 +20,7 @@ from .encoder import RowEncoder
 from .recognizers import NameFinder
 from .row_checks import alternates_of, check_ends_alike, check_is_row, generic_ids_of, row_flag, row_name
 from .row_weights import WEIGHT
-from .rows import completion_text, prompt_of, read_rows, shortened
+from .rows import REWRITTEN_BY, completion_text, prompt_of, read_rows, shortened
 
 logger = logging.getLogger(__name__)
 
@@ -236,7 +236,7 @@ class ForgetRetainCollator:
                 self._warn_of_row(encoded, "are counted in collator.encoder.num_cut")
             self.encoder.num_cut += 1
         mask = [0] * len(encoded.prompt_ids) + [1] * len(encoded.completion_ids)
-        columns = {name: row[name] for name in ("is_forget", "row_id", WEIGHT) if name in row}
+        columns = {name: row[name] for name in ("is_forget", "row_id", WEIGHT, REWRITTEN_BY) if name in row}
         if encoded.prompt_position is not None:
             columns["prompt_position"] = encoded.prompt_position
         is_conversation = "input_ids" not in row and not isinstance(row["completion"], str)

@@ -109,7 +109,8 @@ REFUSED = {
 BATCH_ENTRIES = ("labels", "is_forget", "row_id", "is_rejected", "prompt_position", "input_ids", "attention_mask")
 
 # Of `train_sampling_strategy` and `include_for_metrics`, and the default of `length_column_name`.
-STRATEGIES = ("random", "sequential", "group_by_length", "batch_rebalance")
+GROUPING = ("group_by_length", "batch_rebalance")
+STRATEGIES = ("random", "sequential", *GROUPING)
 METRIC_INPUTS = ("inputs", "loss")
 LENGTH = TrainingArguments.__dataclass_fields__["length_column_name"].default
 
@@ -209,7 +210,7 @@ def check_training_order(
     if not is_stream(rows):
         columns = getattr(rows, "column_names", ())
         named = args.length_column_name
-        if strategy in ("group_by_length", "batch_rebalance") and named != LENGTH and named not in columns:
+        if strategy in GROUPING and named != LENGTH and named not in columns:
             raise ValueError(
                 f"length_column_name={named!r} names no column of train_dataset, which has "
                 f"{list(columns) or 'none, as it is no datasets.Dataset'}; expected a column of numbers of tokens. "

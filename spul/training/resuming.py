@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 STATE_NAME = "trainer_state.json"
 IDENTITY = "UnlearningTrainer"  # among the states of callbacks
 CONTENT, OLD_CONTENT = "values", "content"  # names of the digest of rows, and of another one of earlier versions
+DROPS_LAST = "dataloader_drop_last"
 OPTIMIZER, ADAM = "optimizer", ("adam_beta1", "adam_beta2", "adam_epsilon")
 SHOWN_DIGITS = 12
 WRITERS = ("inline_container", "PytorchStreamWriter")  # parts of torch that write, as its errors name them
@@ -82,7 +83,8 @@ def identity_of(
     multiplier: RetainMultiplier | None,
     collator: ForgetRetainCollator,
     args: TrainingArguments,
-    num_processes: int,
+    rows_of_a_step: int,
+    lengths: str | None,
     forget_fraction: float | None,
     alternate: bool,
 ) -> dict[str, Any]:
@@ -92,12 +94,14 @@ def identity_of(
 
     Args:
         rows: of `TrainingRows.identity`.
-        base: fingerprint of the frozen base; None if it trains or is not in memory.
+        base: fingerprint of the frozen base, or of the model that the reference of a base that trains was built from;
+            None if that is not known.
         loss: the objective.
         multiplier: of its retain budget, if it has one.
         collator: of the training.
         args: of the training.
-        num_processes: number of processes.
+        rows_of_a_step: of all processes, by the batch size that was found.
+        lengths: digest of a column of lengths, by which rows are grouped.
         forget_fraction: as of `UnlearningTrainer`.
         alternate: likewise.
     """
@@ -121,7 +125,9 @@ def identity_of(
         "alternate": alternate,
         "train_sampling_strategy": args.train_sampling_strategy,
         "seed_of_order": args.seed if args.data_seed is None else args.data_seed,
-        "rows_of_a_step": args.per_device_train_batch_size * args.gradient_accumulation_steps * num_processes,
+        "rows_of_a_step": rows_of_a_step,
+        DROPS_LAST: args.dataloader_drop_last,
+        "lengths": lengths,
         "neftune_noise_alpha": args.neftune_noise_alpha,
         OPTIMIZER: {name: getattr(args, name) for name in ("learning_rate", "weight_decay", *ADAM)},
     }
@@ -155,6 +161,9 @@ def check_resumes(checkpoint: str | os.PathLike, identity: Mapping[str, Any]) ->
         return
     before, now = dict(_entries(saved)), dict(_entries(identity))
     names = [name for name in before | now if before.get(name) != now.get(name)]
+    names = [name for name in names if name.split(".")[0] in saved]  # earlier versions noted less
+    if DROPS_LAST not in saved:  # and of the rows of a step those that were asked for, which may have been too many
+        names = [name for name in names if name != "rows_of_a_step"]
     if None in (before.get("base"), now.get("base")):  # not known on one side
         names = [name for name in names if name != "base"]
     digests = [f"rows.{OLD_CONTENT}", f"rows.{CONTENT}"]
@@ -165,7 +174,7 @@ def check_resumes(checkpoint: str | os.PathLike, identity: Mapping[str, Any]) ->
             checkpoint,
         )
         names = [name for name in names if name not in digests]
-    # Transformers takes these from the optimizer's state, whatever is passed; earlier versions of spul noted none.
+    # Transformers takes these from the optimizer's state, whatever is passed.
     ignored = [name for name in names if name.startswith(f"{OPTIMIZER}.")]
     names = [name for name in names if name not in ignored]
     if any(name.startswith("rows.") and name not in digests for name in names):
@@ -180,10 +189,15 @@ def check_resumes(checkpoint: str | os.PathLike, identity: Mapping[str, Any]) ->
             f"{str(checkpoint)!r} is of a training with other rows or settings: {listed(names)}. Resume with what "
             "was saved, or train from the start in another folder."
         )
-    if any(name in before for name in ignored):
+    if ignored:
         logger.warning(
             "%s goes on with the optimizer that it has saved: %s, of no effect.", checkpoint, listed(ignored)
         )
+
+
+def saved_batch_size(checkpoint: str | os.PathLike) -> int | None:
+    """The batch size of a checkpoint, with which `Trainer` goes on under `auto_find_batch_size`; None if unknown."""
+    return (_state(Path(checkpoint)) or {}).get("train_batch_size")
 
 
 def load_trained(trainer: Any, checkpoint: str | os.PathLike, is_trainable: bool = True) -> bool:

@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 import torch
 from peft import PeftModel
-from torch import nn
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel, TrainingArguments, enable_full_determinism, set_seed
 
@@ -22,10 +21,10 @@ from ..data.samplers import EpochSampler, RowCopies, epoch_sampler
 from ..layers.unlearning_layers import UnlearningLayers
 from ..losses.unlearning_loss import UnlearningLoss
 from ..models.causal_lm import num_embeddings
-from ..models.compat import keep_4bit_differentiable, save_training_args
+from ..models.compat import keep_4bit_differentiable
 from ..models.unlearner import unlearner_of
 from ..prompts.unlearner import SoftPromptUnlearner
-from ..records.digests import DigestKey, fingerprint, plain_rows, read_digest_key
+from ..records.digests import DigestKey, fingerprint, is_transformed, plain_rows, read_digest_key
 from .callbacks import EmbeddingNoise, EpochCallback, MultiplierCallback
 from .checks import (
     check_base_is_frozen,
@@ -40,14 +39,14 @@ from .checks import (
 )
 from .options import check_dispatch, check_training_order, is_stream, refuse_options
 from .reference import ReferenceCache
-from .resuming import IDENTITY, check_resumes, identity_of, last_complete_checkpoint, load_trained, saving_into
-from .steps import SteppingTrainer
+from .resuming import check_resumes, identity_of, last_complete_checkpoint, saved_batch_size
+from .saving import SavingTrainer
 from .training_rows import TrainingRows
 
 logger = logging.getLogger(__name__)
 
 
-class UnlearningTrainer(SteppingTrainer):
+class UnlearningTrainer(SavingTrainer):
     """Trains a `SoftPromptUnlearner`, `UnlearningLayers`, LoRA, or all weights of a causal LM.
 
     In addition to `transformers.Trainer`: the loss is normalized over the forget and the retain rows of the whole
@@ -197,6 +196,7 @@ class UnlearningTrainer(SteppingTrainer):
         self._learner, self._loss, self.unlearner = model, loss, unlearner_of(model)
         self._take_multiplier()
         self._reference: ReferenceCache | None = None
+        self._built_from: str | None = None  # fingerprint of that model, if its own weights train
 
     def _hp_search_setup(self, trial: Any) -> None:
         # Trainer calls it before each training, when the model is there and on its device.
@@ -246,6 +246,10 @@ class UnlearningTrainer(SteppingTrainer):
             own = [*ROW_COLUMNS, *(name for name in more if name)]
             self._signature_columns: Any = [*(self._signature_columns or []), *own]
 
+    def _remove_unused_columns(self, dataset: Any, description: str | None = None) -> Any:
+        # A transform of the caller's may read every column.
+        return dataset if is_transformed(dataset) else super()._remove_unused_columns(dataset, description)
+
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
         if self.sampler is None:
             return super()._get_train_sampler(train_dataset)
@@ -270,6 +274,8 @@ class UnlearningTrainer(SteppingTrainer):
             self._take(self._learner)
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir or ".")
+        if resume_from_checkpoint and self.args.auto_find_batch_size:  # as Trainer does, later
+            self._train_batch_size = saved_batch_size(resume_from_checkpoint) or self._train_batch_size
         if resume_from_checkpoint and self._rows is not None:  # before a reference is computed for hours
             check_resumes(resume_from_checkpoint, self.identity())
         try:
@@ -279,14 +285,16 @@ class UnlearningTrainer(SteppingTrainer):
 
     def identity(self) -> dict[str, Any]:
         """All that the rows of every step and their loss depend on, by which a training resumes or is refused."""
+        is_compared = self._loss.needs_reference or not self.unlearner.trains_base
         return identity_of(
             self._facts.identity,
-            None if self.unlearner.trains_base else fingerprint(self.unlearner.get_base_model()),
+            (self._built_from or fingerprint(self.unlearner.get_base_model())) if is_compared else None,
             self._loss,
             self.multiplier,
             self._collator,
             self.args,
-            self.accelerator.num_processes,
+            self._train_batch_size * self.args.gradient_accumulation_steps * self.accelerator.num_processes,
+            self._facts.lengths(self.args),
             self._forget_fraction,
             self._alternate,
         )
@@ -296,6 +304,8 @@ class UnlearningTrainer(SteppingTrainer):
         if self._reference is not None and self.unlearner.trains_base:
             return  # of the model before the first train(); it has other weights now
         self._reference = None
+        if self.unlearner.trains_base and self._loss.needs_reference:
+            self._built_from = fingerprint(self.unlearner.get_base_model())
         asks = self._loss.rows_needing_reference(torch.tensor(self._facts.flags, dtype=torch.bool))
         is_lora = not (self.unlearner.trains_base or self.unlearner.computes_loss)
         if self.is_deepspeed_enabled and is_lora and asks.any():
@@ -341,45 +351,3 @@ class UnlearningTrainer(SteppingTrainer):
                 "others; pass compute_objective, a function of the metrics of evaluate."
             )
         return super().hyperparameter_search(hp_space, compute_objective, *args, **kwargs)
-
-    # ---- checkpoints: Trainer saves and loads PEFT's adapters, but not unlearning layers ----
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        if not self.unlearner.has_own_checkpoint:
-            super()._save(output_dir, state_dict)
-        elif self.args.should_save:
-            folder = output_dir or self.args.output_dir or "."
-            self._learner.save_pretrained(folder)
-            (self.processing_class or self._collator.tokenizer).save_pretrained(folder)
-            save_training_args(self.args, folder)
-
-    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        # Whoever asks for the checkpoint: a strategy, StopWhenForgotten, or a callback of the user's.
-        if self.is_world_process_zero():
-            states: Any = self.state.stateful_callbacks
-            states.setdefault(IDENTITY, self.identity())  # a resumed training keeps that of its beginning
-        with saving_into(self.args.output_dir or "."):
-            super()._save_checkpoint(*args, **kwargs)
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        # Trainer uploads the output folder with PEFT's two files alone, and those of a prompt named "default".
-        is_pushed = self.is_world_process_zero() and self.args.hub_strategy != "end"
-        # An upload under way reads the folder; this one is then left out.
-        is_free = self.args.hub_always_push or self.push_in_progress is None or self.push_in_progress.is_done()
-        if is_pushed and is_free and self.unlearner.spul_config is not None:
-            self._learner.save_pretrained(self.args.output_dir)
-        super()._push_from_checkpoint(checkpoint_folder)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if not load_trained(self, resume_from_checkpoint):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def _load_best_model(self) -> None:
-        self._evaluated_weights()  # as those were that are loaded; a later evaluation would change them otherwise
-        if not load_trained(self, self.state.best_model_checkpoint or ".", is_trainable=False):
-            super()._load_best_model()
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write `Trainer`'s model card, which `push_to_hub` does, where the model writes none of its own."""
-        if self.unlearner.spul_config is None:
-            super().create_model_card(*args, **kwargs)

@@ -5,14 +5,14 @@ from __future__ import annotations
 from functools import cached_property
 from typing import Any
 
-from datasets import Dataset
+from transformers import TrainingArguments
 
 from ..data.checks import forget_flags
 from ..data.collator import ROW_COLUMNS, ForgetRetainCollator
 from ..data.row_weights import WEIGHT
 from ..data.rows import read_rows, rewritten_by
-from ..records.digests import DataSummary, RewrittenRows, summarize_groups
-from .options import is_stream
+from ..records.digests import DataSummary, RewrittenRows, is_transformed, summarize_groups
+from .options import GROUPING, is_stream
 from .resuming import CONTENT
 from .row_digest import plain_digest
 
@@ -70,10 +70,15 @@ class TrainingRows:
         if self.is_stream:
             return {"forget": "a stream", "retain": "a stream", "rewritten": None, CONTENT: None}
         further = filter(None, (self.collator.encoder.text_field, self.collator.alternates))
-        is_transformed = isinstance(self.rows, Dataset) and self.rows.format["type"] == "custom"
         return {
             "forget": sum(self.flags),
             "retain": len(self.flags) - sum(self.flags),
             "rewritten": None if self.rewritten is None else self.rewritten.in_words(),
-            CONTENT: None if is_transformed else plain_digest(self.rows, (*ROW_COLUMNS, WEIGHT, *further)),
+            CONTENT: None if is_transformed(self.rows) else plain_digest(self.rows, (*ROW_COLUMNS, WEIGHT, *further)),
         }
+
+    def lengths(self, args: TrainingArguments) -> str | None:
+        """Digest of the column of lengths by which rows are grouped; None where they are not, or it is not there."""
+        name, strategy = args.length_column_name, args.train_sampling_strategy
+        is_read = strategy in GROUPING and not self.is_stream and name in getattr(self.rows, "column_names", ())
+        return plain_digest(self.rows, (name,)) if is_read and not is_transformed(self.rows) else None
