@@ -13,6 +13,7 @@ from datasets import Dataset
 from helpers import (
     arguments,
     assert_same,
+    build,
     make_collator,
     make_dataset,
     make_trainer,
@@ -25,7 +26,7 @@ from small_trainings import logged, trained
 from torch._dynamo.utils import counters
 from transformers import Trainer, TrainingArguments
 
-from spul import UnlearningLoss, UnlearningTrainer
+from spul import SoftPromptUnlearner, UnlearningLoss, UnlearningTrainer
 from spul.training.options import AS_IN_TRAINER, BATCH_ENTRIES, HONORED, REFUSED
 
 LISTED = [*HONORED, *REFUSED, *(name for names in AS_IN_TRAINER.values() for name in names.split())]
@@ -225,6 +226,19 @@ def test_what_is_scored_has_the_weights_that_the_optimizer_evaluates(tmp_path, s
     optimizer.train()
     calls[scores]()
     assert_same(before, prompt_state(model), rtol=0, atol=1e-6)
+
+
+def test_what_is_trained_and_saved_are_the_weights_that_the_optimizer_evaluates(tmp_path):
+    model = make_unlearner()
+    before = prompt_state(model)
+    optimizer = TwoWeights([p for p in model.parameters() if p.requires_grad], lr=0.0)
+    saves = {"save_strategy": "steps", "save_steps": 1}
+    trainer = trained(tmp_path, model, optimizers=(optimizer, None), **saves)
+    assert not optimizer.is_training
+    assert_same(before, prompt_state(model), rtol=0, atol=1e-6)
+    saved = SoftPromptUnlearner.from_pretrained(build("llama"), tmp_path / "checkpoint-1", is_trainable=True)
+    assert_same(before, prompt_state(saved), rtol=0, atol=1e-6)
+    assert trainer.state.global_step == 2  # the first save did not end it
 
 
 def made_state(trainer):

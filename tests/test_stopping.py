@@ -268,6 +268,44 @@ def test_a_moved_run_resumes_and_one_without_its_best_checkpoint_says_so_at_once
     assert len(stop.scores) == 2
 
 
+def test_scores_of_other_held_out_rows_are_not_gone_on_with(tmp_path, monkeypatch):
+    scores = {1: (60, 90), 2: (40, 90)}
+    watched(monkeypatch, tmp_path, {1: scores[1]})[0].train()
+    again = trainer_of(tmp_path, max_steps=2)
+    told(monkeypatch, again, scores)
+    _, retain = held_out()
+    again.add_callback(StopWhenForgotten(again, rows("jim", 4), retain, every=1))
+    with pytest.raises(ValueError, match="has scores of other held-out forget rows than those passed"):
+        again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 1
+
+
+def test_a_checkpoint_of_before_held_out_rows_were_noted_resumes(tmp_path, monkeypatch):
+    watched(monkeypatch, tmp_path, {1: (60, 90)})[0].train()
+    path = tmp_path / "checkpoint-1" / "trainer_state.json"
+    state = json.loads(path.read_text())
+    del state["stateful_callbacks"]["stop_when_forgotten"]["rows"]
+    path.write_text(json.dumps(state))
+    trainer, stop, _ = watched(monkeypatch, tmp_path, {1: (60, 90), 2: (40, 90)})
+    trainer.train(resume_from_checkpoint=True)
+    assert [score.step for score in stop.scores] == [1, 2]
+
+
+def test_memory_that_runs_out_in_scoring_does_not_begin_training_again_with_fewer_rows(tmp_path, monkeypatch):
+    trainer = watched(monkeypatch, tmp_path, {1: (60, 90)})[0]
+    trainer.args.auto_find_batch_size = True
+    begun = []
+
+    def score(rows, name):
+        begun.append(name)
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(trainer, "score", score)
+    with pytest.raises(RuntimeError, match="per_device_eval_batch_size=8; lower it"):
+        trainer.train()
+    assert begun == ["held-out forget"]
+
+
 def test_a_whole_model_resumed_without_its_bases_score_is_refused(tmp_path):
     before = trainer_of(tmp_path, "full", max_steps=2, save_strategy="steps", save_steps=1)
     before.train()

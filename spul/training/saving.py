@@ -36,6 +36,7 @@ class SavingTrainer(SteppingTrainer):
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, ExportableState):
                 states.setdefault(type(callback).__name__, {})  # Trainer fails at one that the checkpoint did not have
+        self._evaluated_weights()  # as those that are scored; the next step goes on with the trained ones
         with saving_into(self.args.output_dir or "."):
             super()._save_checkpoint(*args, **kwargs)
 

@@ -6,17 +6,21 @@ import logging
 import os
 from typing import Any, NamedTuple
 
+from accelerate.utils.memory import should_reduce_batch_size
 from transformers import TrainerCallback
 
+from ..data.collator import ROW_COLUMNS
 from ..data.conversations import comparable
 from ..data.rows import column_batches
 from ..data.samplers import RowCopies
 from ..models.causal_lm import num_embeddings
 from ..models.compat import CHECKPOINT_PREFIX
 from ..models.unlearner import detached_base
+from ..records.digests import is_transformed
 from ..records.fields import is_count, is_finite_number
 from .checks import check_evaluation_rows
 from .evaluation import EvaluatingTrainer
+from .row_digest import plain_digest
 
 logger = logging.getLogger(__name__)
 
@@ -124,6 +128,12 @@ class StopWhenForgotten(TrainerCallback):
         self.every, self.margin, self.target, self.patience = every, margin, target, patience
         self.scores: list[HeldOutScore] = []
         self.base: HeldOutScore | None = None
+        columns = (*ROW_COLUMNS, collator.encoder.text_field or "prompt")
+        # None behind a transform, which may draw rows anew each time.
+        self._digests = {
+            name: None if is_transformed(rows) else plain_digest(rows, columns)
+            for name, rows in (("forget", forget), ("retain", retain))
+        }
 
     # ---- what the scores say ----
 
@@ -160,6 +170,7 @@ class StopWhenForgotten(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         stored = state.stateful_callbacks.get(ENTRY)
         if stored is not None:  # of the checkpoint that training resumes from
+            self._check_rows(stored.get("rows") or {})  # earlier versions noted none
             self.scores = [HeldOutScore(**score) for score in stored["scores"]]
             self.base = HeldOutScore(**stored["base"])
             if self.best is not None:
@@ -250,9 +261,24 @@ class StopWhenForgotten(TrainerCallback):
         state.best_model_checkpoint = folder
 
     def _scored(self, step: int) -> HeldOutScore:
-        """The scores of the model as it is."""
-        forget = self.trainer.score(self.forget, "held-out forget")
-        retain = self.trainer.score(self.retain, "held-out retain")
+        """The scores of the model as it is.
+
+        Raises:
+            RuntimeError: if memory runs out under `auto_find_batch_size`, by which Trainer would begin again with
+                fewer training rows, as in its own evaluation.
+        """
+        try:
+            forget = self.trainer.score(self.forget, "held-out forget")
+            retain = self.trainer.score(self.retain, "held-out retain")
+        except RuntimeError as error:
+            args = self.trainer.args
+            if args.auto_find_batch_size and should_reduce_batch_size(error):
+                raise RuntimeError(
+                    "the held-out rows of StopWhenForgotten do not fit into memory in batches of "
+                    f"per_device_eval_batch_size={args.per_device_eval_batch_size}; lower it. auto_find_batch_size "
+                    "lowers that of training alone."
+                ) from error
+            raise
         return HeldOutScore(
             step, *(100 * value for value in (forget["accuracy"], forget["generic"], retain["accuracy"]))
         )
@@ -260,7 +286,18 @@ class StopWhenForgotten(TrainerCallback):
     def _store(self, state: Any) -> None:
         """Put the scores where checkpoints have them: into `trainer_state.json`."""
         scores = [score._asdict() for score in self.scores]
-        state.stateful_callbacks[ENTRY] = {"base": self.base and self.base._asdict(), "scores": scores}
+        base = self.base and self.base._asdict()
+        state.stateful_callbacks[ENTRY] = {"base": base, "scores": scores, "rows": self._digests}
+
+    def _check_rows(self, stored: dict[str, str | None]) -> None:
+        """Raise if the checkpoint's scores are of other rows: base and best would not be those of these."""
+        known = {name: digest for name, digest in self._digests.items() if digest and stored.get(name)}
+        if others := [name for name, digest in known.items() if digest != stored[name]]:
+            raise ValueError(
+                f"the checkpoint has scores of other held-out {' and '.join(others)} rows than those passed to "
+                "StopWhenForgotten. Resume with the rows that it was scored on, or train from the start in another "
+                "folder."
+            )
 
 
 def _check_not_trained_on(rows: Any, train_rows: Any, name: str) -> None:

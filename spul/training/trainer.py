@@ -25,6 +25,7 @@ from ..models.compat import keep_4bit_differentiable
 from ..models.unlearner import unlearner_of
 from ..prompts.unlearner import SoftPromptUnlearner
 from ..records.digests import DigestKey, fingerprint, is_transformed, plain_rows, read_digest_key
+from .best_metric import check_best_metric
 from .callbacks import EmbeddingNoise, EpochCallback, MultiplierCallback
 from .checks import (
     check_base_is_frozen,
@@ -266,10 +267,12 @@ class UnlearningTrainer(SavingTrainer):
 
         Raises:
             ValueError: if no checkpoint is complete, or it is of a training with other rows or another loss; if rows
-                or collator were replaced since the trainer was made; if no step would be taken, or gradients are off.
+                or collator were replaced since the trainer was made; if no step would be taken, or gradients are off;
+                if no evaluation set has `metric_for_best_model`.
         """
         check_not_replaced(self, self._given_data)
         check_takes_steps(self.args, self._rows, self.sampler, self.accelerator.num_processes)
+        check_best_metric(self)
         if self.unlearner.loss is not None and self.unlearner.loss is not self._loss:  # replaced since
             self._take(self._learner)
         if resume_from_checkpoint is True:
@@ -279,9 +282,11 @@ class UnlearningTrainer(SavingTrainer):
         if resume_from_checkpoint and self._rows is not None:  # before a reference is computed for hours
             check_resumes(resume_from_checkpoint, self.identity())
         try:
-            return super().train(resume_from_checkpoint, *args, **kwargs)
+            output = super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self._noise.stop()
+        self._evaluated_weights()
+        return output
 
     def identity(self) -> dict[str, Any]:
         """All that the rows of every step and their loss depend on, by which a training resumes or is refused."""
