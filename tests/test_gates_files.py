@@ -218,6 +218,26 @@ def test_a_gate_saved_over_another_kind_is_the_new_one_and_readable_by_others(sa
     assert modes == {stat.S_IMODE(probe.stat().st_mode)}
 
 
+def test_a_gate_saved_over_another_leaves_no_file_of_it_and_all_others(gates, tmp_path):
+    def files():
+        return sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file())
+
+    deep = AnyGate([gates["text"], AnyGate([NameGate(["Max Poe"]), NameGate(["John Roe"])]), gates["text"]])
+    deep.save(tmp_path)
+    mine = ["1/notes.txt", "2024/gate.json", "notes.txt"]  # no gates of it: those have the numbers from 0 on
+    for path in mine:
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).write_text("{}")
+    AnyGate([gates["names"], AnyGate([gates["names"]])]).save(tmp_path)
+    assert files() == sorted([*mine, "0/gate.json", "1/0/gate.json", "1/gate.json", "gate.json"])
+    gates["text"].save(tmp_path)
+    assert files() == sorted([*mine, "gate.json", "gate.safetensors"])
+    gates["names"].save(tmp_path)
+    assert files() == sorted([*mine, "gate.json"])
+    assert not (tmp_path / "0").exists()
+    assert isinstance(load(tmp_path), NameGate)
+
+
 @pytest.mark.parametrize("kind", ["names", "text", "states", "any"])
 def test_a_saved_gate_names_no_local_path(saved, kind, tmp_path):
     folder = saved(kind)

@@ -60,6 +60,18 @@ def test_a_prompt_is_held_to_the_gates_file_above_it_that_names_its_folder(tmp_p
         check_saved_together(tmp_path / "other")
 
 
+def test_a_prompt_that_is_only_for_several_gates_now_keeps_no_gate_of_its_own_on_the_disk(tmp_path):
+    model = gated("other", "both")
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "both" / "gate" / "gate.json").is_file()
+    gates = {name: model.gates[name] for name in ("default", "other")}
+    joint = GatedUnlearner(model.unlearner, model.tokenizer, gates, combined={("default", "other"): "both"})
+    joint.save_pretrained(tmp_path)
+    assert not (tmp_path / "both" / "gate").exists()
+    loaded = GatedUnlearner.from_pretrained(learned(), tmp_path, make_tokenizer())
+    assert loaded.route(["jane and doe"]) == ["both"]
+
+
 def test_a_name_for_a_folder_of_several_prompts_is_refused(tmp_path):
     saved(tmp_path)
     with pytest.raises(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import string
 import subprocess
 import sys
 
@@ -25,6 +26,7 @@ from spul.records.digests import digest_of_tokenizer
 
 FORGET, RETAIN = forget_texts(30), retain_texts(40)
 TEXTS, IS_FORGET = FORGET + RETAIN, np.arange(70) < 30
+WIDE = {ord(letter): ord(letter) + 0xFEE0 for letter in string.ascii_letters}
 OTHERS = [*forget_texts(5, seed=3), *retain_texts(6, seed=4), "a", "the film"]
 
 
@@ -193,6 +195,13 @@ def test_a_forget_question_in_a_long_text_is_found(model):
     assert len(long) > 100
     assert windowed.scores([mixed])[0] > windowless.scores([mixed])[0]
     assert windowless.scores([long])[0] <= windowed.scores([long])[0]
+
+
+@pytest.mark.parametrize("disguise", [lambda text: text.replace("a", "a\u200b"), lambda text: text.translate(WIDE)])
+def test_invisible_and_full_width_characters_hide_no_forget_text(gate, disguise):
+    texts = forget_texts(5, seed=3)
+    plain, found = gate.scores(texts), gate.scores([disguise(text) for text in texts])
+    assert (found >= plain - 1e-4).all()
 
 
 @pytest.mark.parametrize("text", ["film " * 200, ""])

@@ -50,6 +50,13 @@ def test_each_is_saved_as_plain_files_and_answers_as_before(kind, tmp_path):
         assert torch.equal(loaded(input_ids=ids).logits, model(input_ids=ids).logits)
 
 
+def test_a_rival_without_a_gate_leaves_none_of_the_rival_before(tmp_path):
+    saved(tmp_path, "refusal")
+    assert (tmp_path / "gate" / "gate.json").is_file()
+    saved(tmp_path, next(kind for kind in KINDS if kind not in GATED))
+    assert not (tmp_path / "gate").exists()
+
+
 def test_a_refusal_is_written_without_its_base_as_it_is_saved_with_it(tmp_path):
     model = rival("refusal")
     model.save_pretrained(tmp_path / "saved")

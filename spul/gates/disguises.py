@@ -95,6 +95,16 @@ def readable(text: str) -> str:
     return text if text.isascii() else text.translate(styled()).translate(FILLERS)
 
 
+def in_plain_letters(text: str) -> str:
+    """A text without invisible characters (class Cf), and with letters such as full-width ones as the ASCII ones.
+
+    For what reads characters as they are: `compatible` changes signs and letter case as well.
+    """
+    if text.isascii():
+        return text
+    return "".join(map(_plain_letter, text))
+
+
 def undisguised(text: str) -> str:
     """A text with look-alike letters as the Latin ones they imitate and with letters that stand apart joined.
 
@@ -141,6 +151,14 @@ def _visible(text: str) -> str:
     if text.isascii():
         return text
     return _without(normal_form("NFKC", text), lambda each: unicodedata.category(each) == "Cf")
+
+
+@cache
+def _plain_letter(each: str) -> str:
+    if unicodedata.category(each) == "Cf":
+        return ""
+    plain = normal_form("NFKC", each)
+    return plain if len(plain) == 1 and plain in string.ascii_letters else each
 
 
 def _without(text: str, is_dropped: Callable[[str], bool]) -> str:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from contextlib import suppress
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,31 @@ def write_gate(folder: str | os.PathLike, fields: Mapping[str, Any], arrays: Map
         digest = file_digest(folder / ARRAYS_NAME)
     data = {"format_version": FORMAT_VERSION, **fields, "arrays_sha256": digest}
     write_text(folder / SETTINGS_NAME, json.dumps(data, ensure_ascii=False, indent=1, allow_nan=False))
+
+
+def remove_gate(folder: str | os.PathLike, but: Collection[Path] = ()) -> None:
+    """Remove a gate's files from a folder, and those of gates within it: they tell what it was for. Other files stay.
+
+    Args:
+        folder: the folder; nothing is done where it is none.
+        but: files that stay, by their paths in the folder.
+    """
+
+    def remove(inner: Path) -> None:
+        within = []
+        for i in count():
+            if not (inner / str(i) / SETTINGS_NAME).is_file():
+                break
+            within.append(inner / str(i))
+        for one in reversed(within):  # the last first: if this is interrupted, the next save finds those that are left
+            remove(one)
+        for name in (ARRAYS_NAME, SETTINGS_NAME):
+            if (path := inner / name).relative_to(folder) not in but:
+                path.unlink(missing_ok=True)
+        with suppress(OSError):  # not empty, or not there
+            inner.rmdir()
+
+    remove(Path(folder))
 
 
 class SavedGate(Saved):

@@ -22,7 +22,7 @@ from ..data.encoder import RowEncoder
 from ..data.rows import read_rows
 from ..records.digests import digest
 from ..records.files import atomic_folder
-from .files import write_gate
+from .files import remove_gate, write_gate
 from .thresholds import GateReport, report_of
 
 logger = logging.getLogger(__name__)
@@ -165,13 +165,15 @@ class Gate:
         """Write the gate to a folder, for `spul.gates.load`. The folder tells what the gate is for.
 
         Args:
-            folder: the folder; created if missing. Its other files are left alone.
+            folder: the folder; created if missing. A gate in it is replaced; its other files are left alone.
 
         Raises:
             ValueError: if it is a file, or the gate is a plain function, which cannot be saved.
         """
         with atomic_folder(folder) as scratch:
             self.write(scratch)
+            written = {path.relative_to(scratch) for path in scratch.rglob("*")}
+        remove_gate(folder, but=written)
 
     def write(self, folder: str | os.PathLike) -> None:
         """Write the files of `save` to an existing folder, in place."""

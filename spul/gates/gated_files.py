@@ -23,7 +23,7 @@ from ..records.ledger_events import GATE_FOLDER
 from ..records.spul_config import SPUL_CONFIG_NAME
 from ..records.weights import file_digest
 from .any_gate import load
-from .files import SETTINGS_NAME, is_texts
+from .files import SETTINGS_NAME, is_texts, remove_gate
 from .gate import Gate, as_gate
 
 if TYPE_CHECKING:
@@ -63,6 +63,8 @@ def write_gated(gated: GatedUnlearner, save_directory: str | os.PathLike, **kwar
         return
     for name in set(before) - set(folders):
         _remove_prompt(Path(save_directory, prompt_folder(name)))
+    for name in set(folders) - set(gated.gates):  # a combined prompt that had a gate of its own
+        remove_gate(folders[name] / GATE_FOLDER)
     for name, gate in gated.gates.items():
         gate.save(folders[name] / GATE_FOLDER)
         write_gate_section(folders[name], gate.kind, gate.report)

@@ -131,7 +131,7 @@ class StateGate(Gate):
             TypeError: if a text is no string.
             ValueError: if a text has no token, or more than the base has positions.
         """
-        pieces = [passages(text, self.window) for text in checked_texts(texts)]
+        pieces = [passages(text, self.window, by_character=True) for text in checked_texts(texts)]
         self.states.token_ids([each[0] for each in pieces])  # the longest first, before any is computed
         flat = [piece for each in pieces for piece in each]
         found = probe_scores(self.states, flat, {self.layer: self.probe})[self.layer, self.pooling]
@@ -228,7 +228,7 @@ def _held_out(
     states: HiddenStates, texts: list[str], fold: np.ndarray, probes: dict[tuple[int, str], Probe], window: int
 ) -> dict[tuple[int, str], np.ndarray]:
     """By layer and pooling, the score of each text by the probe that was fit without it."""
-    pieces = [passages(text, window) for text in texts]
+    pieces = [passages(text, window, by_character=True) for text in texts]
     flat = [piece for each in pieces for piece in each]
     column = np.repeat(fold, [len(each) for each in pieces])
     layers = sorted({layer for layer, _ in probes})

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from ..records.fields import is_count
-from .disguises import undisguised
+from .disguises import in_plain_letters, undisguised
 
 # A window has at least so many characters: less is no text to judge by.
 SHORTEST = 32
@@ -66,14 +66,15 @@ def with_windows(text: str, size: int) -> list[str]:
     return [text, *(window for window in windows if not window.isspace())]
 
 
-def passages(text: str, *sizes: int) -> list[str]:
+def passages(text: str, *sizes: int, by_character: bool = False) -> list[str]:
     """Passages that a text is scored by: itself and its windows, and the same without its disguises if it has any.
 
     Args:
         text: the text.
         sizes: characters of a window, of each scale.
+        by_character: whether invisible and full-width characters are disguises, too, for what reads them as they are.
     """
-    readings = dict.fromkeys((text, undisguised(text)))
+    readings = dict.fromkeys((text, undisguised(in_plain_letters(text) if by_character else text)))
     return list(dict.fromkeys(passage for read in readings for size in sizes for passage in with_windows(read, size)))
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from ..gates.files import SETTINGS_NAME as GATE_NAME
+from ..gates.files import remove_gate
 from ..gates.gate import Gate
 from ..gates.gated_files import GATE_FOLDER, ROUTING_NAME, gate_of
 from ..prompts.checkpoint import CONFIG_NAME as ADAPTER_NAME
@@ -43,7 +44,9 @@ def write_rival(folder: str | os.PathLike, kind: str, fields: Mapping[str, Any],
         raise FileExistsError(f"{str(folder)!r} holds an adapter ({found[0]}); name a folder of the {kind}'s own.")
     data: dict[str, Any] = {"format_version": FORMAT_VERSION, "kind": kind, **fields}
     json.dumps(data, allow_nan=False)  # raises before the gate is written
-    if gate is not None:
+    if gate is None:
+        remove_gate(folder / GATE_FOLDER)
+    else:
         gate.check_savable()
         gate.save(folder / GATE_FOLDER)
         data[GATE_DIGEST] = file_digest(folder / GATE_FOLDER / GATE_NAME)
