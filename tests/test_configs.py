@@ -136,7 +136,14 @@ def test_families_that_prefix_tuning_cannot_serve_are_refused_and_prompt_tuning_
     with pytest.raises(ValueError, match=r"prefix tuning cannot serve \w+: .* Use PromptTuningConfig or PromptEnco"):
         SoftPromptUnlearner(model, config)
     assert required(model) == before
-    assert_like_concatenation(SoftPromptUnlearner(model, CONFIGS["prompt_tuning"]()).double())
+    unlearner = SoftPromptUnlearner(model, CONFIGS["prompt_tuning"]()).double()
+    assert_like_concatenation(unlearner)
+    unlearner.delete_adapter("default")
+    with pytest.raises(ValueError, match="prefix tuning cannot serve"):
+        unlearner.add_adapter("default", config)
+    assert not unlearner.peft_config
+    unlearner.add_adapter("default", CONFIGS["prompt_tuning"]())
+    assert_like_concatenation(unlearner.double())
 
 
 OWN_NAMES = {

@@ -129,3 +129,24 @@ def test_a_sharded_base_refuses_rows_on_both_sides_of_the_switch_of_longrope_and
     with torch.no_grad():  # 8 positions, and pads up to the 22nd
         found = unlearner.response_logits(**given, positions=positions)
         torch.testing.assert_close(found[0], plain_row(unlearner, "default", rows[2])[-1:])
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_once_all_prompts_are_deleted_rows_on_both_sides_of_the_switch_are_computed_as_alone(side):
+    unlearner, names, rows, batch = straddling(side=side)
+    for name in list(unlearner.peft_config):
+        unlearner.delete_adapter(name)
+    base, names, settings = unlearner.get_base_model(), ["__base__"] * len(rows), GREEDY | {"max_new_tokens": 3}
+    settings["min_new_tokens"] = 3
+    with torch.no_grad():
+        logits = unlearner(**batch, adapter_names=names).logits
+        for own, mask, row in zip(logits, batch["attention_mask"], rows, strict=True):
+            torch.testing.assert_close(own[mask.bool()], base(row[None], use_cache=False).logits[0])
+    found = unlearner.generate(**batch, adapter_names=names, **settings)[:, 20:]
+    for own, row in zip(found, rows, strict=True):
+        assert own.tolist() == base.generate(row[None], **settings)[0, len(row) :].tolist()
+    with unlearner.disable_adapter():  # as the base has it
+        assert torch.equal(unlearner(**batch, adapter_names=names).logits, base(**batch).logits)
+    assert torch.equal(unlearner(**batch).logits, base(**batch).logits)
+    with pytest.raises(ValueError, match=r"holds \['default'\], which this model does not have"):
+        unlearner.generate(**batch, adapter_names=["default"] * len(rows), **settings)

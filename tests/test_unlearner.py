@@ -360,6 +360,24 @@ def test_a_name_is_not_frozen_any_more_once_its_prompt_is_deleted():
     assert all(parameter.requires_grad for parameter in unlearner.prompt_encoder.parameters())
 
 
+@pytest.mark.parametrize("prompt_type", CONFIGS)
+def test_once_all_prompts_are_deleted_the_next_may_be_of_another_kind(prompt_type, tmp_path):
+    alone = build_unlearner("llama", prompt_type, torch.float32)
+    alone.save_pretrained(str(tmp_path))
+    first = "prefix_tuning" if prompt_type == "prompt_tuning" else "prompt_tuning"
+    unlearner = build_unlearner("llama", first, torch.float32)
+    unlearner.delete_adapter("default")
+    unlearner.load_adapter(tmp_path, "next")
+    with torch.no_grad():
+        assert torch.equal(unlearner(**make_batch()).loss, alone(**make_batch()).loss)
+    with pytest.raises(ValueError, match="one model holds prompts of one kind"):
+        unlearner.add_adapter("other", CONFIGS[first](3))
+    assert unlearner.peft_type == unlearner.active_peft_config.peft_type
+    unlearner.delete_adapter("next")
+    unlearner.add_adapter("first again", CONFIGS[first](3))
+    unlearner(**make_batch()).loss.backward()
+
+
 def test_an_unlearner_looks_like_no_wrapper_to_those_who_unwrap_models():
     """accelerate and transformers follow an attribute `module` to the model inside DDP."""
     from accelerate.utils import extract_model_from_parallel

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..data.checks import checked_list
+from ..models.compat import is_sharded
 from ..models.compat_checkpointing import without_checkpointing
 from ..models.compat_devices import is_offloaded
 from ..models.compat_modules import with_evaluated
@@ -26,7 +27,8 @@ from . import checkpoint
 from .configs import check_peft_config, check_promptable, filled
 from .names import check_adapter_names, check_has_adapter, check_new_name
 from .position import check_position
-from .shared_prefix import drop_cached
+from .probe import check_prefix
+from .shared_prefix import drop_cached, is_prefix
 from .starts import Start, check_start, start_prompt
 
 
@@ -54,7 +56,7 @@ class PromptAdapters(PeftModelForCausalLM, Unlearner):
     ) -> None:
         """Add a new prompt beside the others; it is trained once `set_adapter` has made it the active one.
 
-        After all were deleted it is the active one at once.
+        After all were deleted it is the active one at once, and may be of another kind.
 
         Args:
             adapter_name: its name.
@@ -78,12 +80,13 @@ class PromptAdapters(PeftModelForCausalLM, Unlearner):
             check_promptable(self.get_base_model(), peft_config)
             peft_config = filled(self.get_base_model(), peft_config)
             own, others = PeftType(peft_config.peft_type), PeftType(self.peft_type)
-            if own != others:
+            if own != others and self.peft_config:
                 raise ValueError(
                     f"the prompt {adapter_name!r} is {own.value}, and the prompts of this model are {others.value}; "
                     "one model holds prompts of one kind. Train them as one kind, or serve them by two models."
                 )
         with checkpoint.registry_unchanged_on_error(self):
+            self.peft_type = peft_config.peft_type  # another kind may follow where all were deleted
             with without_checkpointing(self.get_base_model()):  # under which PEFT refuses a prefix
                 super().add_adapter(adapter_name, peft_config, *args, **kwargs)
             # In __dict__, since PEFT adds the first adapter before this class's own attributes are set.
@@ -91,6 +94,8 @@ class PromptAdapters(PeftModelForCausalLM, Unlearner):
             self.__dict__.setdefault("spul_configs", {})[adapter_name] = record
             if not self.active_adapter:  # all others were deleted; PEFT would leave the model without a prompt
                 self.active_adapter = adapter_name
+                if is_prefix(self) and not is_sharded(self.get_base_model()):
+                    check_prefix(self)
             if not (is_first or peft_config.inference_mode):
                 start_prompt(self, adapter_name, start)
             self._train_active_prompt_only()

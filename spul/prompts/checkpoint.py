@@ -342,10 +342,10 @@ def load_into(model: PromptAdapters, adapter: str | os.PathLike, adapter_name: s
 
 @contextmanager
 def registry_unchanged_on_error(model: PromptAdapters) -> Iterator[None]:
-    """Context manager: if the block raises, the model has the prompts, records and active prompt it had before."""
+    """Context manager: if the block raises, the model has the prompts, records, kind and active one it had before."""
     prompts = set(getattr(model, "prompt_encoder", ()))
     registries = [model.peft_config, model.__dict__.get("prompt_tokens", {}), model.__dict__.get("spul_configs", {})]
-    before, active = [dict(registry) for registry in registries], model.active_adapter
+    before, active, kind = [dict(registry) for registry in registries], model.active_adapter, model.peft_type
     with unchanged_on_error(model):
         try:
             yield
@@ -355,7 +355,7 @@ def registry_unchanged_on_error(model: PromptAdapters) -> Iterator[None]:
                 registry.update(entries)
             for name in set(getattr(model, "prompt_encoder", ())) - prompts:
                 del model.prompt_encoder[name]
-            model.active_adapter = active
+            model.active_adapter, model.peft_type = active, kind
             raise
 
 

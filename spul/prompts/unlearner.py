@@ -17,6 +17,7 @@ from ..losses.unlearning_loss import UnlearningLoss
 from ..models.causal_lm import logits_at, unchanged_on_error
 from ..models.compat import is_sharded, keep_4bit_differentiable, say_kernels_once
 from ..models.compat_checkpointing import switching, unswitched
+from ..models.disabling import is_disabled_here
 from ..models.noise import keep_in_evaluation, zero_dropout
 from ..models.sharding import keep_rest_whole
 from . import checkpoint
@@ -209,7 +210,7 @@ class SoftPromptUnlearner(PromptAdapters):
                 raise TypeError(f"without is_forget, forward takes no {', '.join(given)}: they are of the loss.")
             if num_items_in_batch is not None:
                 kwargs["num_items_in_batch"] = num_items_in_batch
-            if not self.enabled:
+            if not self.enabled and not _names_rows_of_the_base(self, names):
                 base: Any = self.get_base_model()
                 _check_names(self, names, input_ids)
                 return base(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **kwargs)
@@ -319,7 +320,7 @@ class SoftPromptUnlearner(PromptAdapters):
                 `"message"` without `prompt_position`; and for lengths beyond positions that the base looks up.
         """
         input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
-        if not self.enabled:
+        if not self.enabled and not _names_rows_of_the_base(self, kwargs.get("adapter_names")):
             _check_names(self, kwargs.pop("adapter_names", None), input_ids)
             kwargs.pop("prompt_position", None)
             return generate_disabled(self, input_ids, *args, **kwargs)
@@ -369,6 +370,11 @@ class SoftPromptUnlearner(PromptAdapters):
             UserWarning: if the base's weights are not those that the prompt was trained on.
         """
         return checkpoint.load(cls, model, adapter, is_trainable, loss, adapter_name, model_kwargs or {}, **kwargs)
+
+
+def _names_rows_of_the_base(model: SoftPromptUnlearner, adapter_names: Any) -> bool:
+    """Whether rows are named, and all prompts were deleted: rows of the base, batched as those beside prompts are."""
+    return adapter_names is not None and not model.peft_config and not is_disabled_here(model)
 
 
 def _check_names(model: SoftPromptUnlearner, adapter_names: Any, input_ids: Tensor | None) -> None:
