@@ -9,16 +9,19 @@ from contextlib import aclosing
 
 import pytest
 import torch
+from encoded import with_template
 from helpers import CONFIGS, build
 from servers import alone, answered, jobs_of, joined, make_engine, make_gated, prompt, rendered
 
 from spul import ForgetRetainCollator, SoftPromptUnlearner
+from spul.data.encoder import RowEncoder
 from spul.gates import AnyGate, GatedUnlearner, NameGate
 from spul.serving.encoding import RequestEncoder
 from spul.serving.engine import Job
 from spul.serving.errors import ApiError
 from spul.serving.loading import always
 from spul.serving.requests import ChatRequest, Limits, Sampling, read_body
+from spul.serving.served import ServedPrompts
 
 GREEDY = Sampling(temperature=0)
 
@@ -259,6 +262,17 @@ def test_ids_that_are_no_tokens_are_refused(ids):
     engine = make_engine(make_gated())
     with pytest.raises(ApiError, match="token id"):
         RequestEncoder(engine.served, engine.limits).job(ChatRequest("completion", ids, GREEDY, 3))
+
+
+def test_a_completion_has_the_tokens_of_training_whatever_the_tokenizer_adds_to_a_text():
+    gated = make_gated()
+    gated.tokenizer = with_template(gated.tokenizer, "<s> $A </s>")
+    encoder, rows = RequestEncoder(ServedPrompts(gated), Limits()), RowEncoder(gated.tokenizer, 64)
+    for text in ("the film is", "<s>the film is", "the film is</s>"):
+        ids = encoder.job(ChatRequest("completion", text, GREEDY, 3)).token_ids
+        assert ids == rows.encode({"prompt": text, "completion": " good"}).prompt_ids
+        assert ids.count(gated.tokenizer.bos_token_id) == 1
+        assert ids.count(gated.tokenizer.eos_token_id) == text.count("</s>")
 
 
 def test_parts_of_a_message_have_the_tokens_of_training():

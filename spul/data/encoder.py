@@ -257,7 +257,7 @@ class RowEncoder(TextEncoder):
             return EncodedPrompt(ids, position=start)
         prompt, field = row["prompt"], self.text_field
         encoded = self.tokenizer(prompt, return_offsets_mapping=field is not None)
-        ids = self._whole_ids(prompt, encoded["input_ids"])
+        ids = self.whole_ids(prompt, encoded["input_ids"])
         if self.prompt_position == "message" and (field is None or not row[field].strip()):
             found = "no text_field is named" if field is None else f"that of column {field!r} is empty"
             raise ValueError(

@@ -65,11 +65,21 @@ class TextEncoder:
             prompt: the prompt.
             text: the completion.
         """
-        prompt_ids = self._whole_ids(prompt, self.tokenizer(prompt)["input_ids"])
+        prompt_ids = self.whole_ids(prompt, self.tokenizer(prompt)["input_ids"])
         own = self.completion_ids(text)
-        together = self._whole_ids(prompt + text, self.tokenizer(prompt + text)["input_ids"])
+        together = self.whole_ids(prompt + text, self.tokenizer(prompt + text)["input_ids"])
         apart = [*prompt_ids, *(own[:-1] if self.append_eos else own)]
         return boundary_fault(self.tokenizer, prompt, text, apart, together, prompt_ids[-1] if prompt_ids else -1)
+
+    def whole_ids(self, text: str, ids: Sequence[int]) -> list[int]:
+        """The token ids of a text with one beginning-of-sequence token at most, and no end added.
+
+        Args:
+            text: the text.
+            ids: those that the tokenizer gives for it.
+        """
+        ids = list(ids[:-1] if self._ends_texts else ids)
+        return ids[self.has_second_bos(text, ids) :]
 
     def _check_boundary(self, prompt: str, text: str) -> None:
         """Warn, once, of a completion that does not fit its prompt.
@@ -89,11 +99,6 @@ class TextEncoder:
         """Whether the tokenizer put a beginning-of-sequence token before a text that begins with one itself."""
         token, bos = self.tokenizer.bos_token, self.tokenizer.bos_token_id
         return token is not None and text.startswith(token) and list(ids[:2]) == [bos, bos]
-
-    def _whole_ids(self, text: str, ids: Sequence[int]) -> list[int]:
-        """The token ids of a text with one beginning-of-sequence token at most, and no end added."""
-        ids = list(ids[:-1] if self._ends_texts else ids)
-        return ids[self.has_second_bos(text, ids) :]
 
     def _cached(self, key: Hashable, encode: Callable[[], Sequence[int]]) -> list[int]:
         """Token ids by key, encoded unless they are cached. A full cache drops its oldest entries."""

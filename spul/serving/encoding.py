@@ -8,6 +8,7 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 from ..data.conversations import INSTRUCTING, conversation_prompt_ids, leaves_out, message_start
+from ..data.text_encoder import TextEncoder
 from ..models.causal_lm import max_positions
 from .engine import Job
 from .errors import ApiError, too_long
@@ -26,6 +27,7 @@ class RequestEncoder:
     def __init__(self, served: ServedPrompts, limits: Limits) -> None:
         self.served, self.limits = served, limits
         self.tokenizer = copy.deepcopy(served.gated.tokenizer)  # fast tokenizers are for one thread at a time
+        self._texts = TextEncoder(self.tokenizer)
         self._left_out = [role for role in INSTRUCTING if leaves_out(self.tokenizer, role)]
         base: Any = served.gated.get_base_model()
         self.room = max_positions(base)
@@ -77,7 +79,7 @@ class RequestEncoder:
         if self.served.stands_inside:
             raise ApiError(400, "a completion does not say where its message begins; send a chat.", "prompt")
         if isinstance(request.content, str):
-            return list(tokenizer(request.content)["input_ids"]), None
+            return self._texts.whole_ids(request.content, tokenizer(request.content)["input_ids"]), None
         return request.content, None
 
 
