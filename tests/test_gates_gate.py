@@ -223,6 +223,36 @@ def test_a_joined_gate_with_a_function_is_not_saved_and_leaves_nothing(tmp_path)
     assert list((tmp_path / "gate").iterdir()) == []
 
 
+@pytest.mark.parametrize("base", [LengthGate, NameGate, AnyGate])
+def test_a_gate_of_ones_own_class_is_told_apart_and_not_saved_in_half(base, tmp_path):
+    class Own(base):
+        def settings(self):
+            return {"names": ["jane"]} if base is LengthGate else super().settings()
+
+    one = {LengthGate: [], NameGate: [["jane"]], AnyGate: [[NameGate(["jane"])]]}[base]
+    gate, twin = Own(*one), base(*one)
+    assert gate.identity() == Own(*one).identity() != twin.identity()
+    (tmp_path / "gate").mkdir()
+    for each in (gate, AnyGate([NameGate(["doe"]), gate])):
+        with pytest.raises(ValueError, match="a Own is a gate of your own, which cannot be loaded again"):
+            each.check_savable()
+        with pytest.raises(ValueError, match="Saved are NameGate, TextGate, StateGate, AnyGate"):
+            each.save(tmp_path / "gate")
+    assert list((tmp_path / "gate").iterdir()) == []
+
+
+def test_a_threshold_that_would_not_come_back_is_refused(tmp_path):
+    gate = NameGate(["jane", "doe"])
+    gate.threshold = 2.0
+    assert gate.flags(["jane", "jane and doe"]).tolist() == [False, True]
+    for each in (gate, AnyGate([gate])):
+        with pytest.raises(ValueError, match=r"threshold is 2.0, and a NameGate is saved with 1.0 alone"):
+            each.save(tmp_path)
+    assert not any(tmp_path.iterdir())
+    with pytest.raises(ValueError, match=r"threshold=0.5: an AnyGate has none of its own; assign those of its gates"):
+        AnyGate([gate]).threshold = 0.5
+
+
 def test_a_score_that_is_not_finite_is_no_place_among_hard_negatives():
     class Fails(Gate):
         def scores(self, texts):

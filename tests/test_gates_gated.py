@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
+import threading
 
 import numpy as np
 import pytest
@@ -20,6 +21,8 @@ from spul.evaluation.metrics import generate_answers, response_likelihoods, text
 from spul.evaluation.metrics.scoring import score_completions
 from spul.evaluation.report.report import write_report
 from spul.gates import GatedUnlearner, NameGate
+from spul.gates.gated_files import gate_of
+from spul.records.spul_config import read_spul_config
 
 pytestmark = pytest.mark.usefixtures("few_resamples")
 
@@ -261,6 +264,47 @@ def test_a_prompt_is_loaded_with_its_gate_while_others_are_served(tmp_path):
         served.load_adapter(tmp_path / "other", "another")
     assert served.route(TEXTS) == ["default", "film", "more", "default"]
     assert "another" not in served.unlearner.peft_config
+
+
+def test_of_two_threads_that_load_a_prompt_under_one_name_one_is_refused(tmp_path, monkeypatch):
+    gated("other").save_pretrained(tmp_path)
+    model, both, found = gated(), threading.Barrier(2), []
+
+    def together(*args, **kwargs):
+        both.wait(60)  # both have asked whether the name is free
+        return gate_of(*args, **kwargs)
+
+    monkeypatch.setattr("spul.gates.gated.gate_of", together)
+
+    def load(folder):
+        try:
+            model.load_adapter(folder, "new")
+            found.append(folder)
+        except ValueError as error:
+            found.append(str(error))
+
+    threads = [threading.Thread(target=load, args=(folder,)) for folder in (tmp_path, tmp_path / "other")]
+    for one in threads:
+        one.start()
+    for one in threads:
+        one.join()
+    [refused] = [one for one in found if isinstance(one, str)]
+    [loaded] = [one for one in found if not isinstance(one, str)]
+    assert refused == "there is a prompt 'new'; delete it first, or take another name."
+    assert model.unlearner.spul_configs["new"] == read_spul_config(loaded)
+    assert model.precedence == ["default", "new"]
+
+
+def test_a_prompt_is_not_loaded_with_a_gate_that_was_not_saved_with_it(tmp_path):
+    gated("other").save_pretrained(tmp_path)
+    NameGate(["max"]).save(tmp_path / "other" / "gate")
+    model = gated()
+    for folder, hub in ((tmp_path / "other", {}), (tmp_path, {"subfolder": "other"})):
+        with pytest.raises(ValueError, match="prompt and gate of 'other' are not those that were saved together"):
+            model.load_adapter(folder, "new", **hub)
+    assert model.precedence == list(model.unlearner.peft_config) == ["default"]
+    model.load_adapter(tmp_path / "other", "new", gate=NameGate(["doe"]))
+    assert model.route(["doe"]) == ["new"]
 
 
 def test_gated_models_are_copied():

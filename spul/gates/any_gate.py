@@ -14,14 +14,14 @@ from ..records.digests import digest
 from ..records.files import find_file
 from ..records.weights import file_digest
 from .files import SETTINGS_NAME, SavedGate, read_gate
-from .gate import Gate, as_gate, parts_of
+from .gate import KINDS, Gate, as_gate, parts_of
 from .names import NameGate
 from .state import StateGate
 from .text import TextGate
 from .thresholds import GateReport
 
-# Gates within gates that a folder may hold.
-DEEPEST = 8
+# Gates within gates that a folder may hold; the threshold of gates joined.
+DEEPEST, THRESHOLD = 8, 0.0
 
 
 class AnyGate(Gate):
@@ -40,7 +40,6 @@ class AnyGate(Gate):
     """
 
     kind = "any"
-    threshold = 0.0
 
     def __init__(self, gates: Sequence[Gate | Callable[[list[str]], Any]]) -> None:
         if isinstance(gates, Gate) or callable(gates):
@@ -48,6 +47,17 @@ class AnyGate(Gate):
         self.gates = [as_gate(gate) for gate in gates]
         if not self.gates:
             raise ValueError("gates is empty; expected at least one.")
+
+    @property
+    def threshold(self) -> float:
+        """0: a score is a distance from a gate's own threshold. Those of its gates may be assigned, this one not."""
+        return THRESHOLD
+
+    @threshold.setter
+    def threshold(self, value: float) -> None:
+        raise ValueError(
+            f"threshold={value!r}: an AnyGate has none of its own; assign those of its gates, gate.gates[0].threshold."
+        )
 
     def parts(self) -> list[Gate]:
         """Itself and the parts of its gates, each once."""
@@ -69,15 +79,17 @@ class AnyGate(Gate):
 
     def identity(self) -> str:
         """Digest of what its gates decide by."""
-        return digest([self.kind, [gate.identity() for gate in self.gates]])
+        return digest([self._kind_or_class(), [gate.identity() for gate in self.gates]])
 
     def check_savable(self) -> None:
-        """Raise if one of the gates is a plain function, which cannot be saved."""
+        """Raise if it, or one of its gates, cannot be saved."""
+        super().check_savable()
         for gate in self.gates:
             gate.check_savable()
 
     def write(self, folder: str | os.PathLike) -> None:
         """Write each gate to a folder of its own, `0`, `1`, ..., within an existing folder, and `gate.json` beside."""
+        self.check_savable()
         for i, gate in enumerate(self.gates):
             Path(folder, str(i)).mkdir()
             gate.write(Path(folder, str(i)))
@@ -111,7 +123,7 @@ class AnyGate(Gate):
         return f"AnyGate({self.gates})"
 
 
-KINDS: dict[str, Any] = {each.kind: each for each in (NameGate, TextGate, StateGate, AnyGate)}
+KINDS.update({each.kind: each for each in (NameGate, TextGate, StateGate, AnyGate)})
 
 
 def load(folder: str | os.PathLike, model: Any = None, tokenizer: Any = None, **hub: Any) -> Gate:
@@ -155,7 +167,7 @@ def _within(saved: SavedGate, depth: int) -> list[tuple[dict[str, Any], str]]:
     saved.check(
         {
             "gates_sha256": (lambda value: isinstance(value, list) and value != [], "a digest for each gate"),
-            "threshold": (lambda value: value == AnyGate.threshold, f"{AnyGate.threshold}"),
+            "threshold": (lambda value: value == THRESHOLD, f"{THRESHOLD}"),
         }
     )
     if depth == DEEPEST:

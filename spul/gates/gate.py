@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 Rows = TypeVar("Rows", Dataset, list)
 _counting = threading.Lock()
+# What `load` knows, by the kind in `gate.json`; `any_gate`, which knows them all, enters them.
+KINDS: dict[str, Any] = {}
 # Of each tokenizer its length and the tokens added as special: there may be thousands, listed anew whenever asked.
 _added: weakref.WeakKeyDictionary[Any, tuple[int, frozenset[int]]] = weakref.WeakKeyDictionary()
 
@@ -36,7 +38,8 @@ _added: weakref.WeakKeyDictionary[Any, tuple[int, frozenset[int]]] = weakref.Wea
 class Gate:
     """A gate: scores of texts, and the threshold from which on a text gets the prompt.
 
-    A subclass writes `scores`, and for saving `settings`, `arrays` and `kind`.
+    A subclass of one's own writes `scores`. It is not saved, as a plain function is not: `load` knows this library's
+    kinds alone, which also have `settings`, `arrays` and `kind`.
 
     Attributes:
         kind: name of the class in `gate.json`.
@@ -141,25 +144,33 @@ class Gate:
         return report_of(self.flags(forget_texts), self.flags(retain_texts), reworded, "texts given to measure")
 
     def settings(self) -> dict[str, Any]:
-        """Fields of `gate.json` beside kind, threshold and report."""
-        raise NotImplementedError
+        """Fields of `gate.json` beside kind, threshold and report, part of `identity`."""
+        return {}
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Arrays of `gate.safetensors`; without any there is no such file."""
         return {}
 
     def identity(self) -> str:
-        """Digest of all that the gate decides by; of a plain function its name."""
-        return digest(
-            [self.kind, float(self.threshold), self.settings(), {k: v.tolist() for k, v in self.arrays().items()}]
-        )
+        """Digest of all that the gate decides by; of a plain function, and in that of one's own class, its name."""
+        arrays = {name: array.tolist() for name, array in self.arrays().items()}
+        return digest([self._kind_or_class(), float(self.threshold), self.settings(), arrays])
+
+    def _kind_or_class(self) -> str:
+        own = type(self)
+        return self.kind if own is KINDS.get(self.kind) else f"{own.__module__}.{own.__qualname__}"
 
     def check_savable(self) -> None:
         """Raise if the gate cannot be saved.
 
         Raises:
-            ValueError: if it is a plain function.
+            ValueError: if it is a plain function, or of another class than those that `load` knows.
         """
+        if type(self) is not KINDS.get(self.kind):
+            raise ValueError(
+                f"a {type(self).__name__} is a gate of your own, which cannot be loaded again, as it is code; save "
+                f"the other gates, and pass it again. Saved are {', '.join(one.__name__ for one in KINDS.values())}."
+            )
 
     def save(self, folder: str | os.PathLike) -> None:
         """Write the gate to a folder, for `spul.gates.load`. The folder tells what the gate is for.
@@ -168,7 +179,7 @@ class Gate:
             folder: the folder; created if missing. A gate in it is replaced; its other files are left alone.
 
         Raises:
-            ValueError: if it is a file, or the gate is a plain function, which cannot be saved.
+            ValueError: if it is a file, or the gate cannot be saved, see `check_savable`.
         """
         with atomic_folder(folder) as scratch:
             self.write(scratch)
@@ -177,6 +188,7 @@ class Gate:
 
     def write(self, folder: str | os.PathLike) -> None:
         """Write the files of `save` to an existing folder, in place."""
+        self.check_savable()
         self._write(folder, self.settings())
 
     def _write(self, folder: str | os.PathLike, settings: dict[str, Any]) -> None:
@@ -234,15 +246,6 @@ class FunctionGate(Gate):
     def scores(self, texts: Sequence[str]) -> np.ndarray:
         """1 for a text that the function flags, 0 for others."""
         return self._decided(checked_texts(texts)).astype(np.float64)
-
-    def settings(self) -> dict[str, Any]:
-        """Refused; see `check_savable`.
-
-        Raises:
-            ValueError: always.
-        """
-        self.check_savable()
-        return {}
 
     def check_savable(self) -> None:
         """Refused: a function is code, which a folder cannot hold.

@@ -21,7 +21,7 @@ from ..prompts.names import check_has_adapter
 from ..prompts.position import check_any_row
 from ..prompts.unlearner import SoftPromptUnlearner
 from .gate import Gate, as_gate, request_texts
-from .gated_files import gate_of, read_gated, write_gated
+from .gated_files import check_saved_together, gate_of, read_gated, write_gated
 from .routes import Routes
 
 AnyKindOfGate = Gate | Callable[[list[str]], Any]
@@ -135,15 +135,25 @@ class GatedUnlearner(nn.Module, Unlearner):
             hub: Hub arguments, such as `revision`, `token`, `subfolder`.
 
         Raises:
-            ValueError: if there is a prompt of that name, or a file is damaged or does not fit the base.
+            ValueError: if there is a prompt of that name, a file is damaged or does not fit the base, or prompt and
+                gate of a local folder are not those that were saved together.
             FileNotFoundError: if the folder has no gate, and none is given.
         """
-        if adapter_name in self.unlearner.peft_config:
-            raise ValueError(f"there is a prompt {adapter_name!r}; delete it first, or take another name.")
-        found = gate_of(model_id, self.unlearner, self.tokenizer, **hub) if gate is None else as_gate(gate)
+        self._check_free(adapter_name)
+        if gate is None:
+            found = gate_of(model_id, self.unlearner, self.tokenizer, **hub)
+            if (folder := Path(model_id, hub.get("subfolder") or "")).is_dir():
+                check_saved_together(folder)
+        else:
+            found = as_gate(gate)
         with _routing:
+            self._check_free(adapter_name)  # by now another thread may have taken it
             self.unlearner.load_adapter(model_id, adapter_name, **hub)
             self.gates, self.precedence = {**self.gates, adapter_name: found}, [*self.precedence, adapter_name]
+
+    def _check_free(self, adapter_name: str) -> None:
+        if adapter_name in self.unlearner.peft_config:
+            raise ValueError(f"there is a prompt {adapter_name!r}; delete it first, or take another name.")
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Revoke a prompt: remove it with its gate and its routes. Without any prompt, every request gets the base.
@@ -156,8 +166,8 @@ class GatedUnlearner(nn.Module, Unlearner):
             TypeError: if its name is no text.
             ValueError: if there is no prompt of that name.
         """
-        check_has_adapter(self.unlearner, adapter_name)
         with _routing:
+            check_has_adapter(self.unlearner, adapter_name)
             parts = {name for names, name in self.combined.items() if adapter_name in names and name not in self.gates}
             gone = {adapter_name, *parts}
             left = Routes(self.gates, self.precedence, self.combined).without(gone)
@@ -344,7 +354,7 @@ class GatedUnlearner(nn.Module, Unlearner):
             kwargs: as in `SoftPromptUnlearner.save_pretrained`.
 
         Raises:
-            ValueError: if a gate is a plain function, which cannot be saved, before anything is written.
+            ValueError: if a gate cannot be saved, such as a plain function, before anything is written.
         """
         write_gated(self, save_directory, **kwargs)
 

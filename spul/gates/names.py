@@ -156,6 +156,15 @@ class NameGate(Gate):
         """The number of different people whom each text names: float64 (texts,)."""
         return np.array([len(found) for found in self.names_in(texts)], dtype=np.float64)
 
+    def check_savable(self) -> None:
+        """Raise if it has another threshold than a saved one, which flags whoever names one person."""
+        super().check_savable()
+        if self.threshold != NameGate.threshold:
+            raise ValueError(
+                f"threshold is {self.threshold!r}, and a NameGate is saved with {NameGate.threshold} alone: assign it "
+                "before, or pass a function of gate.scores as the gate, which is not saved."
+            )
+
     def settings(self) -> dict[str, Any]:
         """The names, their aliases, and how they are read."""
         read = spelling_settings(self.spelling or self._pieces is not None, self.spelling_rules)
