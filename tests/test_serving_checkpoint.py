@@ -94,7 +94,10 @@ def test_rows_that_the_vocabulary_has_to_spare_are_used_first(spare, tmp_path):
     model, baked = loaded(tmp_path / "baked")
     assert len(baked) == len(tokenizer) + P
     assert model.config.vocab_size == len(tokenizer) + max(spare, P) == len(model.get_input_embeddings().weight)
-    assert torch.equal(model.get_output_embeddings().weight[: len(head)], head)
+    found, first = model.get_output_embeddings().weight, len(tokenizer)
+    assert torch.equal(found[:first], head[:first])
+    assert torch.equal(found[first + P : len(head)], head[first + P :])
+    assert all(torch.equal(row, head[checkpoint.least_likely(base)]) for row in found[first : first + P])
 
 
 @pytest.mark.parametrize("family", ["llama", "opt"])

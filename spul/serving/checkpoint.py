@@ -84,8 +84,8 @@ def export_checkpoint(unlearner: SoftPromptUnlearner, tokenizer: Any, folder: st
 def baked_state(base: Any, prompt: Tensor, first: int) -> dict[str, Tensor]:
     """The base's weights with the prompt (p, d) as rows `first`, `first` + 1, ... of its input embeddings.
 
-    The output head keeps its rows, also where they were those of the input embeddings. Rows that it gains are copies
-    of the row that the base is least likely to answer with.
+    The output head keeps its rows, also where they were those of the input embeddings. Its rows of the prompt, and all
+    others that it gains, are copies of the row that the base is least likely to answer with.
     """
     embeddings, head = base.get_input_embeddings(), base.get_output_embeddings()
     state = {name: value.detach() for name, value in base.state_dict().items()}
@@ -98,8 +98,10 @@ def baked_state(base: Any, prompt: Tensor, first: int) -> dict[str, Tensor]:
     names = {id(module): name for name, module in base.named_modules()}
     state[f"{names[id(embeddings)]}.weight"] = rows
     for key, value in head.named_parameters():
-        grown = value.detach()[[least]].expand(num - len(value), *value.shape[1:])
-        state[f"{names[id(head)]}.{key}"] = torch.cat([value.detach(), grown])
+        value = value.detach()
+        grown = torch.cat([value, value[[least]].expand(num - len(value), *value.shape[1:])])
+        grown[first : first + len(prompt)] = value[least]
+        state[f"{names[id(head)]}.{key}"] = grown
     return state
 
 
@@ -206,14 +208,15 @@ def check_written(folder: Path, unlearner: SoftPromptUnlearner, tokenizer: Any, 
             raise ValueError(_other_tokens("a conversation", added + own, found))
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=base.dtype)
     model = model.to(device_of(base)).eval()
-    wide = len(base.get_output_embeddings().weight)
+    kept = torch.arange(len(base.get_output_embeddings().weight))
+    kept = kept[~torch.isin(kept, torch.tensor(added))]  # all tokens but the prompt's
     tolerance = TOLERANCE.get(base.dtype, HALF_TOLERANCE)
     with evaluation_mode(unlearner), torch.no_grad():
         for text in TEXTS:
             ids = torch.tensor([tokenizer(text)["input_ids"]], device=device_of(base))
-            expected = unlearner(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, len(added) :]
+            expected = unlearner(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, len(added) :, kept]
             all_ids = torch.tensor([baked(text)["input_ids"]], device=device_of(base))
-            found = model(input_ids=all_ids, attention_mask=torch.ones_like(all_ids)).logits[0, len(added) :, :wide]
+            found = model(input_ids=all_ids, attention_mask=torch.ones_like(all_ids)).logits[0, len(added) :, kept]
             worst, largest = float((found - expected).abs().max()), float(expected.abs().max())
             if not worst <= tolerance * largest:
                 raise ValueError(
