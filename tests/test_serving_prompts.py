@@ -100,6 +100,19 @@ def test_a_prompt_is_added_and_revoked_by_who_has_the_token(saved):
     assert events[2]["prompt_sha256"] == gated.unlearner.spul_configs["new"].weights_sha256 is not None
 
 
+def test_after_the_last_prompt_one_of_another_kind_is_added(saved):
+    gated = make_gated(prompt_type="p_tuning")
+    with running(make_engine(gated, saved), admin_token=TOKEN) as url:
+        path, body = f"{url}/admin/prompts", {"name": "new", "folder": "new"}
+        refused = HTTP.post(path, headers=ADMIN, json=body)
+        assert (refused.status_code, "one model holds prompts of one kind" in refused.text) == (400, True)
+        assert HTTP.delete(f"{path}/default", headers=ADMIN).status_code == 200
+        assert HTTP.post(path, headers=ADMIN, json=body).status_code == 201
+        ids = gated.tokenizer("the plot is good")["input_ids"]
+        found = client(url).completions.create(prompt="the plot is good", **GREEDY).choices[0].text
+        assert found == alone(gated, ids, "new")[0] != alone(gated, ids, "__base__")[0]
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_request_whose_prompt_gives_way_to_another_of_its_name_while_it_waits_is_refused(saved, stream):
     held, seen, events = {word: threading.Event() for word in ("good", "film")}, set(), []

@@ -10,6 +10,7 @@ from contextlib import aclosing
 
 import openai
 import pytest
+from helpers import longrope_unlearner
 from servers import (
     HTTP,
     MODEL,
@@ -34,6 +35,7 @@ from spul.serving.requests import Sampling
 
 GREEDY = Sampling(temperature=0)
 TEXTS = ["about jane is the film good", "the film is", "text of doe", "jane", "doe is good " * 3]
+LONG = "the film is good and the plot is bad"
 NUMS = [3, 8, 12, 1, 5]
 OPTIONS = {"model": MODEL, "temperature": 0, "max_tokens": 8}
 ADMIN = {"Authorization": f"Bearer {TOKEN}"}
@@ -73,6 +75,20 @@ def test_where_refusals_alone_are_served_the_model_is_asked_only_what_no_gate_fl
     jobs = [Job(one, GREEDY, 8) for one in ids]
     assert answered(make_engine(gated, refusals={"no": refusal}, gather_seconds=0.5), jobs) == expected
     assert seen
+
+
+def test_without_prompts_requests_on_both_sides_of_the_switch_of_longrope_are_answered_as_alone():
+    plain = make_gated()
+    gated = without_prompts(longrope_unlearner().get_base_model(), plain.tokenizer)
+    ids = [
+        gated.tokenizer(text)["input_ids"][:num] for text, num in (("the film is good", 3), (LONG, 14), ("plot", 2))
+    ]
+    assert [len(one) for one in ids] == [3, 14, len(ids[2])]
+    expected = [alone(gated, one, "__base__", 4)[0] for one in ids]
+    jobs = [Job(one, GREEDY, 4) for one in ids]
+    assert (
+        answered(make_engine(gated, refusals={"no": refusal_of(gated, "jane")}, gather_seconds=0.5), jobs) == expected
+    )
 
 
 @pytest.mark.parametrize("stop", ["known", " film", "m g", "unknown film good", "no such text"])
