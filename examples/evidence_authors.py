@@ -30,6 +30,7 @@ import numpy as np
 from datasets import Dataset, concatenate_datasets
 from evidence.requests import Order, folder_bytes, gated_stages, model_bytes
 from evidence.tofu import TOKENS, Tofu
+from paper.runs import is_made
 from transformers import set_seed
 
 from spul import SoftPromptUnlearner, UnlearningLoss
@@ -88,6 +89,8 @@ class Requests:
         self.asked = self.by_author(tofu.in_other_words)
         self.others = {name: tofu.format.apply(tofu.questions[name]) for name in OTHERS}
         self.questions = self.asked | self.others
+        self.facts = {"seed": args.seed, "learned_from": tofu.learned_from}
+        self.facts |= {"unseen_retain": args.unseen_retain, "other_questions": args.other_questions}
 
     @staticmethod
     def by_author(rows: Dataset) -> dict[str, Dataset]:
@@ -127,9 +130,9 @@ class Requests:
     def of_base(self) -> dict[str, list[str]]:
         """The base's answers, kept in a file."""
         path = self.args.output_dir / f"base-answers-{self.args.seed}.json"
-        if not path.exists():
-            write_text(path, json.dumps(self.answers(self.tofu.load())))
-        found: dict[str, list[str]] = json.loads(path.read_text())
+        if not is_made(path, self.facts):
+            write_text(path, json.dumps({"settings": self.facts, "answers": self.answers(self.tofu.load())}))
+        found: dict[str, list[str]] = json.loads(path.read_text())["answers"]
         return found
 
     def line(self, after: str, active: list[str], answers: dict[str, list[str]]) -> dict[str, Any]:
@@ -154,8 +157,9 @@ def train_prompt(requests: Requests, name: str) -> Path:
     """The folder of an author's prompt and its gate, trained unless it is there."""
     folder = requests.args.output_dir / f"prompts-{requests.args.seed}" / name.replace(" ", "-")
     settings, tofu = requests.settings["prompt"], requests.tofu
+    made_with = requests.facts | settings
     record = folder / "made_with.json"  # written last
-    if not record.exists():
+    if not is_made(record, made_with):
         begun = time.perf_counter()
         gate = requests.gates[name]
         forget, retain = requests.rows_for([name])
@@ -168,9 +172,7 @@ def train_prompt(requests: Requests, name: str) -> Path:
         learned = tofu.train(model, loss, dataset, rate, settings["forget_fraction"], *steps)
         learned.save_pretrained(folder / "prompt")
         gate.save(folder / "gate")
-        write_text(record, json.dumps({"settings": settings, "seconds": time.perf_counter() - begun}))
-    if (made := json.loads(record.read_text())["settings"]) != settings:
-        raise ValueError(f"{folder} was made with {made}, not with {settings}; take another --output-dir.")
+        write_text(record, json.dumps({"settings": made_with, "seconds": time.perf_counter() - begun}))
     return folder
 
 
@@ -276,8 +278,7 @@ def main() -> None:
     args.output_dir.mkdir(parents=True, exist_ok=True)
     requests = Requests(args, Tofu(args), json.loads(args.settings.read_text()))
     path = args.output_dir / "authors.jsonl"
-    facts = {"seed": args.seed, "learned_from": requests.tofu.learned_from, "settings": requests.settings}
-    facts |= {"unseen_retain": args.unseen_retain, "other_questions": args.other_questions}
+    facts = requests.facts | {"settings": requests.settings}
     found = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     lines = [line for line in found if {**line, **facts} == line]
     for name in args.systems:

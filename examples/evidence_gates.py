@@ -24,6 +24,7 @@ from evidence.jobs import attacked_rows
 from evidence.plan import Plan
 from evidence.systems import split_rows
 from evidence_sst2 import PLAN
+from paper.experiment import Experiment
 from paper.tables import read_runs
 
 from spul.data.known_reviews import SST2_FORGET_NAMES, load_imdb
@@ -73,16 +74,16 @@ def passages_of_prose(folder: str, size: int, most: int, seed: int) -> list[str]
     return list(found)
 
 
-def measured(args: argparse.Namespace, plan: Plan, seed: int, name: str) -> dict[str, Any]:
+def measured(args: argparse.Namespace, experiment: Experiment, key: dict[str, Any]) -> dict[str, Any]:
     """The line of a gate: its report, and its flags by row."""
-    experiment = plan.experiment(seed, args.model, args.data_dir, args.output_dir / "models")
+    name, seed = key["gate"], key["seed"]
     train, scored = split_rows(experiment, None)
     forget, retain = (train[side]["prompt"][:] for side in SIDES)
     if "prose" in name:
         retain = retain + passages_of_prose(args.prose_dir, window_size(forget), args.passages, seed)
     begun = time.perf_counter()
     gate = TextGate.fit(forget, retain, recall=GATES[name])
-    line = {"gate": name, "seed": seed, "recall": GATES[name], "retain_texts": len(retain)}
+    line = key | {"retain_texts": len(retain)}
     line |= {"fit_seconds": time.perf_counter() - begun, "report": str(gate.report)}
     line["test"] = {side: gate.flags(rows["prompt"][:]).astype(int).tolist() for side, rows in scored.items()}
     attacked = attacked_rows(experiment, scored, args.attacked) if args.attacked else ()
@@ -130,14 +131,19 @@ def main() -> None:
     args = parse_args()
     args.output_dir.mkdir(parents=True, exist_ok=True)
     plan, path = Plan.read(args.plan), args.output_dir / "gates.jsonl"
-    lines = read_runs(path) if path.exists() else []
+    known, lines = read_runs(path) if path.exists() else [], []
     for seed in args.seeds or plan.seeds:
+        experiment = plan.experiment(seed, args.model, args.data_dir, args.output_dir / "models")
         for name in args.gates:
-            if not any((line["gate"], line["seed"]) == (name, seed) for line in lines):
-                lines.append(measured(args, plan, seed, name))
-                print(name, seed, lines[-1]["report"], sep="\n", flush=True)
+            key = {"gate": name, "seed": seed, "experiment": experiment.digest, "recall": GATES[name]}
+            key |= {"attacked": args.attacked} | ({"passages": args.passages} if "prose" in name else {})
+            line = next((one for one in known if one | key == one), None)
+            if line is None:
+                line = measured(args, experiment, key)
+                print(name, seed, line["report"], sep="\n", flush=True)
                 with path.open("a") as file:
-                    file.write(json.dumps(lines[-1]) + "\n")
+                    file.write(json.dumps(line) + "\n")
+            lines.append(line)
     text = table(lines, base_answers(args.answers))
     (args.output_dir / "table.md").write_text(text + "\n")
     print(text)

@@ -32,6 +32,7 @@ from evidence.plan import Plan
 from evidence.requests import CHECKPOINTS, Order, folder_bytes, gated_stages, model_bytes
 from evidence.systems import build, row_scores
 from paper.experiment import Experiment
+from paper.runs import is_made
 from transformers import set_seed
 
 from spul import SoftPromptUnlearner, UnlearningTrainer
@@ -39,6 +40,7 @@ from spul.data.dataset import forget_retain_dataset
 from spul.data.known_reviews import SST2_FORGET_NAMES
 from spul.data.recognizers import NameFinder
 from spul.gates import AnyGate, GatedUnlearner, load
+from spul.records.files import write_text
 from spul.rivals import FixedRefusal
 from spul.training.methods import unlearning_method
 
@@ -106,11 +108,10 @@ class Requests:
 def train_prompt(requests: Requests, name: str, rows: dict[str, Dataset], settings: dict[str, Any]) -> Path:
     """The folder of a prompt and its gate, trained unless it is there."""
     folder = requests.args.output_dir / f"prompts-{requests.args.seed}" / name.replace(" ", "-")
-    if not (folder / "cost.json").exists():
+    made_with = {"experiment": requests.experiment.digest} | settings
+    if not is_made(folder / "cost.json", made_with):
         _, cost = build("gated", requests.experiment, rows, settings, folder)
-        (folder / "cost.json").write_text(json.dumps(cost))
-    if (made := json.loads((folder / "made_with.json").read_text())) != settings:
-        raise ValueError(f"{folder} was made with {made}, not with {settings}; take another --output-dir.")
+        write_text(folder / "cost.json", json.dumps({"settings": made_with} | cost))
     return folder
 
 
@@ -238,7 +239,8 @@ def main() -> None:
     requests = Requests(args, experiment, json.loads(args.settings.read_text()))
     path = args.output_dir / "requests.jsonl"
     done = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    facts = {"seed": args.seed, "model": Path(args.model).name, "settings": requests.settings}
+    facts = {"seed": args.seed, "model": Path(args.model).name, "experiment": experiment.digest}
+    facts |= {"settings": requests.settings}
     for name in args.systems:
         if any({**one, **facts, "system": name} == one for one in done):
             continue

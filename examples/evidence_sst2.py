@@ -32,7 +32,7 @@ from evidence import tables
 from evidence.jobs import ATTACKS
 from evidence.plan import Plan
 from evidence.schedule import STAGES, Job, Schedule
-from evidence.workers import prepare, work
+from evidence.workers import experiment_of, prepare, work
 from paper.tables import read_runs
 
 from spul.evaluation.report import save_figure
@@ -48,7 +48,7 @@ def parse_args() -> argparse.Namespace:
     add("--plan", type=Path, default=PLAN)
     add("--model", help="Hub name or folder of a causal LM")
     add("--data-dir", help="folder of SST-2, or of the four splits of a plan without a data set")
-    add("--chosen", type=Path, help="a choice: its systems are not tried. That of the output folder unless given")
+    add("--chosen", type=Path, help="a choice, beside the output folder's: its systems are not tried")
     add("--attacked", type=int, default=200, help="rows of each side under each attack on the best; 0 for none")
     add("--attacked-seeds", nargs="+", type=int, help="of the attacks; those of `--seeds` unless given")
     add("--attack", nargs="+", metavar="NAME", help="systems to attack in place of the best four")
@@ -90,7 +90,10 @@ def earlier_choice(args: argparse.Namespace, plan: Plan, wanted: dict[str, Seque
     own, found = args.output_dir / "chosen.json", {}
     for path in (args.chosen, own):
         if path is not None and path.exists():
-            found |= json.loads(path.read_text(encoding="utf-8"))["systems"]
+            more = json.loads(path.read_text(encoding="utf-8"))["systems"]
+            if other := [name for name in more if name in found and more[name] != found[name]]:
+                raise SystemExit(f"--chosen {args.chosen} and {own} differ in {other[0]}; take another --output-dir.")
+            found |= more
         elif path is args.chosen and path is not None:
             raise SystemExit(f"--chosen {path} does not exist.")
     if args.stage == "score":
@@ -123,13 +126,19 @@ def summary(record: dict[str, Any]) -> str:
     return "  ".join(parts)
 
 
-def known_records(path: Path, model: str) -> list[dict[str, Any]]:
-    """The lines of earlier calls; one that an interrupted call left unfinished is taken out of the file."""
+def known_records(path: Path, facts: dict[str, Any]) -> list[dict[str, Any]]:
+    """The lines of earlier calls; one that an interrupted call left unfinished is taken out of the file.
+
+    Args:
+        path: of the lines.
+        facts: fields that lines share with those of this call, as far as they have them.
+    """
     records = read_runs(path) if path.exists() else []
     if path.exists() and not path.read_bytes().endswith(b"\n"):
         write_text(path, "".join(json.dumps(record) + "\n" for record in records))
-    if others := {record["model"] for record in records} - {Path(model).name}:
-        raise SystemExit(f"{path} is of {', '.join(sorted(others))}, not of {model}; take another --output-dir.")
+    for name, value in facts.items():
+        if others := [one[name] for one in records if one.get(name, value) != value]:
+            raise SystemExit(f"{path} has lines of {name} {others[0]!r}, not {value!r}; take another --output-dir.")
     return records
 
 
@@ -181,9 +190,17 @@ def write_scales(args: argparse.Namespace, plan: Plan) -> None:
 class Files:
     """The lines and the choice in the output folder, written as they come."""
 
-    def __init__(self, folder: Path, model: str) -> None:
-        self.folder = folder
-        self.known = [record for name in ("trials", "scores") for record in known_records(self.path(name), model)]
+    def __init__(self, args: argparse.Namespace, plan: Plan) -> None:
+        self.folder = args.output_dir
+        facts = {"model": Path(args.model).name, "tf32": args.tf32, "rule": plan.rule}
+        facts |= {"attacked": args.attacked} if args.attacked else {}
+        self.known = [record for name in ("trials", "scores") for record in known_records(self.path(name), facts)]
+        one = next((record for record in self.known if "experiment" in record), None)  # all seeds share setup and data
+        if one is not None and experiment_of(args, one["seed"]).digest != one["experiment"]:
+            raise SystemExit(
+                f"{self.folder} has lines of other data, another model or another `setup` of the plan than this "
+                "command's; take another --output-dir."
+            )
 
     def path(self, name: str) -> Path:
         return self.folder / f"{name}.jsonl"
@@ -199,7 +216,7 @@ class Files:
 
 def run(args: argparse.Namespace, plan: Plan) -> None:
     """Do the jobs of a stage, `--workers` at a time."""
-    begun, wanted, files = time.monotonic(), wanted_systems(args, plan), Files(args.output_dir, args.model)
+    begun, wanted, files = time.monotonic(), wanted_systems(args, plan), Files(args, plan)
     attacked = (args.attacked_seeds or args.seeds or plan.seeds) if args.attacked else ()
     if args.attack and not args.attacked:
         raise SystemExit("--attack names systems, and --attacked 0 attacks none; give a number of rows.")

@@ -152,16 +152,17 @@ def idk_lora(tofu: Tofu) -> Any:
     return PeftModel.from_pretrained(tofu.load(), folder).eval()
 
 
-REFUSAL = "gate and refusal"
+REFUSAL, GATED, LORA = "gate and refusal", "SPUL behind a gate", "IDK, LoRA"
+OWN_OPTIONS = {REFUSAL: ("recall",), GATED: ("recall",), LORA: ("lora_lr",)}
 SYSTEMS: dict[str, Callable[[Tofu], Any]] = {
     "vanilla": vanilla,
     "base": base,
     "retrained": retrained,
     "SPUL, prefix with fitted keys": prefix,
     "SPUL, prefix, mean forget loss": prefix_of_means,
-    "SPUL behind a gate": gated,
+    GATED: gated,
     REFUSAL: refusal,
-    "IDK, LoRA": idk_lora,
+    LORA: idk_lora,
 }
 
 
@@ -258,11 +259,11 @@ def main() -> None:
     args = parse_args()
     args.output_dir.mkdir(parents=True, exist_ok=True)
     tofu, path = Tofu(args), args.output_dir / "tofu.jsonl"
-    facts = {"seed": args.seed, "model": Path(args.model).name, "steps": args.steps, "batch_size": args.batch_size}
-    facts |= {"forget_set": args.forget_set, "retain_rows": args.retain_rows, "unseen_retain": args.unseen_retain}
+    facts = {"seed": args.seed, "steps": args.steps, **tofu.learned_from}
+    facts |= {"unseen_retain": args.unseen_retain, "other_questions": args.other_questions}
     done = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     for name in args.systems:
-        own = {"system": name} | ({"recall": args.recall} if name == REFUSAL else {})
+        own = {"system": name} | {option: getattr(args, option) for option in OWN_OPTIONS.get(name, ())}
         if any({**one, **facts, **own} == one for one in done):
             continue
         begun = time.perf_counter()

@@ -80,6 +80,12 @@ def experiment_of(args: argparse.Namespace, seed: int) -> Experiment:
     return Experiment(setup, args.output_dir / "models" / f"{Path(args.model).name}-{seed}")
 
 
+def name_of(settings: dict[str, Any]) -> str:
+    """The name of a folder that nothing of other settings is stored in."""
+    parts = ["+".join(map(str, value)) if isinstance(value, list) else str(value) for value in settings.values()]
+    return "-".join(part or "none" for part in parts)
+
+
 def splits_of(args: argparse.Namespace, experiment: Experiment) -> tuple[dict[str, Dataset], dict[str, Dataset]]:
     """The rows to train on and the rows to score on, `forget` and `retain` each."""
     return split_rows(experiment, args.held_out)
@@ -164,14 +170,16 @@ def measured(args: argparse.Namespace, seed: int) -> list[dict[str, Any]]:
     """Scores of the models and flags of the gates for each row, by side and attack; those that are there are kept."""
     experiment = experiment_of(args, seed)
     train, scored = splits_of(args, experiment)
-    folder = args.output_dir / (f"seed-{seed}" if args.held_out is None else f"held-out-{seed}")
+    names = ("held_out", "steps", "negatives", "turns", "recall", "layers")  # the others are in the names below
+    settings = {"seed": seed, "experiment": experiment.digest} | {name: getattr(args, name) for name in names}
+    folder = args.output_dir / name_of(settings)
     folder.mkdir(parents=True, exist_ok=True)
     gates = fitted_gates(args, experiment, train, folder / "gates")
     behind = f"gated-{args.gated_alpha:g}-{args.gated_fraction:g}-{args.gated_steps}"
     models = {"base": experiment.load("base")}
     if args.held_out is None:  # what is chosen there is the prompt behind the gate
         models["retrained"] = experiment.load("retrained")
-        models["ungated"] = ungated_prompt(args, experiment, train, folder / f"ungated-{args.steps}")
+        models["ungated"] = ungated_prompt(args, experiment, train, folder / "ungated")
     models["behind"] = gated_prompt(args, experiment, train, gates["text"], folder / behind)
     path = folder / f"rows-{args.attacked}-{behind}.jsonl"
     found = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []

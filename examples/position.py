@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset
-from gated import experiment_of, splits_of
+from gated import experiment_of, name_of, splits_of
 from paper.experiment import Experiment
 from paper.runs import prompt_config
 from tqdm.auto import tqdm
@@ -61,17 +61,12 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def settings_of(args: argparse.Namespace, seed: int, position: str) -> dict[str, Any]:
+def settings_of(args: argparse.Namespace, experiment: Experiment, seed: int, position: str) -> dict[str, Any]:
     """The settings by which a trained prompt is found."""
     names = ("prompt", "num_virtual_tokens", "steps", "learning_rate", "alpha", "beta", "forget_fraction")
     names = (*names, "train_turns", "held_out")
-    return {"seed": seed, "position": position} | {name: getattr(args, name) for name in names}
-
-
-def folder_of(args: argparse.Namespace, settings: dict[str, Any]) -> Path:
-    """The folder of a trained prompt: a name of its settings."""
-    parts = ["+".join(map(str, value)) if isinstance(value, list) else str(value) for value in settings.values()]
-    return args.output_dir / "prompts" / "-".join(part or "none" for part in parts)
+    found = {"seed": seed, "experiment": experiment.digest, "position": position}
+    return found | {name: getattr(args, name) for name in names}
 
 
 def collator_of(args: argparse.Namespace, experiment: Experiment, position: str) -> ForgetRetainCollator:
@@ -91,7 +86,7 @@ def trained(
     args: argparse.Namespace, experiment: Experiment, train: dict[str, Dataset], settings: dict[str, Any]
 ) -> SoftPromptUnlearner:
     """A prompt at a position, trained unless it is there."""
-    folder, position = folder_of(args, settings), settings["position"]
+    folder, position = args.output_dir / "prompts" / name_of(settings), settings["position"]
     if not (folder / "spul_config.json").exists():
         rows, collator = train, collator_of(args, experiment, position)
         if args.train_turns:
@@ -147,9 +142,9 @@ def measured(args: argparse.Namespace, seed: int, path: Path) -> list[dict[str, 
     known = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     found: list[dict[str, Any]] = []
     for position in ("none", *args.positions):
-        settings = settings_of(args, seed, position)
+        settings = settings_of(args, experiment, seed, position)
         if position == "none":  # the base does not depend on a prompt's settings
-            settings = {name: settings[name] for name in ("seed", "position", "held_out")}
+            settings = {name: settings[name] for name in ("seed", "experiment", "position", "held_out")}
         model = None
         for side, around, rows in tqdm(sets, desc=f"seed {seed}, {position}"):
             key = settings | {"side": side, "around": around, "rows": len(rows)}

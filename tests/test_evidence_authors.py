@@ -95,6 +95,18 @@ def test_prompts_of_other_settings_are_not_taken(example, requests):
         example.train_prompt(requests, "Hina Ameen")
 
 
+def test_answers_and_prompts_of_another_base_are_not_taken(example, requests, monkeypatch):
+    example.train_prompt(requests, "Hina Ameen")
+    monkeypatch.setattr(requests.tofu, "load", lambda: None)
+    monkeypatch.setattr(requests, "answers", lambda model: {"Hina Ameen": ["a poet"]})
+    assert requests.of_base == {"Hina Ameen": ["a poet"]}
+    requests.args.memorize_epochs = 2
+    other = example.Requests(requests.args, requests.tofu, requests.settings)
+    for make in (lambda: other.of_base, lambda: example.train_prompt(other, "Hina Ameen")):
+        with pytest.raises(ValueError, match=r"'memorize_epochs': 1.*'memorize_epochs': 2.*output-dir"):
+            make()
+
+
 def test_the_summary_tells_requests_in_force_from_the_others(example):
     def score(rouge, declined, as_base):
         return {"rouge": [rouge], "declined": [declined], "as_base": [as_base]}

@@ -22,7 +22,7 @@ def reviews(*texts):
 def requests(example):
     named = reviews("spielberg and sandler", "sandler again", "chan runs", "murphy talks")
     rows = {"train_forget": named, "test_forget": named, "train_retain": reviews("a film", "another")}
-    experiment = SimpleNamespace(rows=rows, scored={"test_retain": rows["train_retain"]})
+    experiment = SimpleNamespace(rows=rows, scored={"test_retain": rows["train_retain"]}, digest="ab12")
     return example.Requests(argparse.Namespace(seed=1), experiment, {"retain_rows": 2})
 
 
@@ -61,6 +61,22 @@ def test_the_order_is_of_all_people_and_the_withdrawn_are_among_them(requests):
         "10 added": order.added,
         "3 withdrawn": order.left,
     }
+
+
+def test_prompts_of_other_settings_or_another_base_are_not_taken(example, requests, monkeypatch, tmp_path):
+    def build(kind, experiment, rows, settings, folder):
+        folder.mkdir(parents=True)
+        return None, {"seconds": 1.0}
+
+    monkeypatch.setattr(example, "build", build)
+    requests.args.output_dir = tmp_path
+    made = example.train_prompt(requests, "sandler", {}, {"steps": 1})
+    assert example.train_prompt(requests, "sandler", {}, {"steps": 1}) == made  # not built again
+    with pytest.raises(ValueError, match=r"'steps': 1.*'steps': 2.*output-dir"):
+        example.train_prompt(requests, "sandler", {}, {"steps": 2})
+    requests.experiment.digest = "cd34"
+    with pytest.raises(ValueError, match=r"ab12.*cd34.*output-dir"):
+        example.train_prompt(requests, "sandler", {}, {"steps": 1})
 
 
 def test_scores_tell_requests_in_force_from_the_others(example, requests, monkeypatch):

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from datasets import Dataset
@@ -122,13 +123,48 @@ def test_the_stored_choice_is_that_of_the_stored_trials_and_of_the_scored_gate(e
 
 def test_a_line_that_breaks_off_is_taken_out_and_lines_of_another_model_are_refused(example, tmp_path):
     path, line = tmp_path / "trials.jsonl", json.dumps({"job": "a", "model": "small"}) + "\n"
-    assert example.known_records(path, "x/small") == []
+    facts = {"model": "small"}
+    assert example.known_records(path, facts) == []
     path.write_text(line + line[:12])
     with pytest.warns(UserWarning, match="line 2 breaks off"):
-        assert example.known_records(path, "x/small") == [{"job": "a", "model": "small"}]
+        assert example.known_records(path, facts) == [{"job": "a", "model": "small"}]
     assert path.read_text() == line
-    with pytest.raises(SystemExit, match="is of small, not of x/large"):
-        example.known_records(path, "x/large")
+    with pytest.raises(SystemExit, match="has lines of model 'small', not 'large'; take another --output-dir"):
+        example.known_records(path, {"model": "large"})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tf32": True}, "has lines of tf32 False, not True"),
+        ({"attacked": 200}, "has lines of attacked 60, not 200"),
+        ({"data_dir": "other"}, "has lines of other data, another model or another `setup`"),
+        ({"penalty": 3.0}, "has lines of rule .*'penalty': 2"),
+    ],
+)
+def test_lines_that_another_command_measured_are_refused(example, plan, monkeypatch, tmp_path, change, message):
+    monkeypatch.setattr(example, "experiment_of", lambda args, seed: SimpleNamespace(digest=args.data_dir))
+    given = {"output_dir": tmp_path, "model": "x/small", "tf32": False, "attacked": 60, "data_dir": "mine"}
+    facts = {"model": "small", "tf32": False, "seed": 1, "experiment": "mine", "job": "a"}
+    lines = {"trials": facts | {"rule": plan.rule}, "scores": facts | {"attacked": 60}}
+    for name, one in lines.items():
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(one) + "\n")
+    assert example.Files(command(**given), plan).known == [*lines.values()]
+    assert example.Files(command(**given | {"attacked": 0}), plan).known  # scores alone are asked for
+    plan = replace(plan, penalty=change.pop("penalty", plan.penalty))
+    with pytest.raises(SystemExit, match=message):
+        example.Files(command(**given | change), plan)
+
+
+def test_a_line_of_other_settings_than_the_plan_and_the_choice_have_now_is_refused(example, plan):
+    trial, score = example.Job("trial", 1, "ECO", 3), example.Job("score", 1, "ECO")
+    choice = {"systems": {"ECO": {"settings": {"n": 7}, "cost": 0.2}}}
+    for job, settings in ((trial, plan.system("ECO").candidate(3)), (score, {"recall": 0.99, "n": 7})):
+        one = line(job) | {"settings": settings}
+        assert example.Schedule(plan, "all", {"ECO": [1]}, choice=choice, known=[one]).done == {job.key}
+        for stale in (one | {"settings": {"n": 8}}, *([one | {"candidate": 4}] if job is trial else [])):
+            with pytest.raises(ValueError, match=r"was done with .*; by the plan and the choice it has .*output-dir"):
+                example.Schedule(plan, "all", {"ECO": [1]}, choice=choice, known=[stale])
 
 
 def command(**given):
@@ -145,6 +181,10 @@ def test_a_system_with_candidates_is_not_scored_without_a_choice(example, plan, 
     assert example.earlier_choice(args, plan, {"base": [1], "IDK, LoRA": [1]}) == {"systems": {"IDK, LoRA": {}}}
     with pytest.raises(SystemExit, match="has no settings for SPUL, prefix with fitted keys;"):
         example.earlier_choice(args, plan, {"SPUL, prefix with fitted keys, 900 steps": [1]})
+    args.chosen = tmp_path / "other.json"
+    args.chosen.write_text(json.dumps({"systems": {"IDK, LoRA": {"settings": {"n": 1}}}}))
+    with pytest.raises(SystemExit, match=r"other.json and .*chosen.json differ in IDK, LoRA; take another"):
+        example.earlier_choice(args, plan, {"base": [1]})
     args.chosen = tmp_path / "missing.json"
     with pytest.raises(SystemExit, match=r"--chosen .*missing.json does not exist"):
         example.earlier_choice(args, plan, {"base": [1]})
@@ -265,8 +305,12 @@ def test_a_repeated_command_goes_on(example, plan):
         schedule.begin(job)
         schedule.end(job, line(job))
         half.append(job)
-    again = example.Schedule(plan, "all", wanted, known=[line(job) for job in half])
-    assert again.choice == schedule.choice
+    settings = {job: plan.system(job.system).candidate(job.part) for job in half if job.kind == "trial"}
+    known = [line(job) | ({"settings": settings[job]} if job in settings else {}) for job in half]
+    again = example.Schedule(plan, "all", wanted, known=known)
+    best = again.choice["systems"][SHORT]
+    assert best["settings"] == plan.system(SHORT).candidate(0)
+    assert schedule.choice["systems"][SHORT] == best | {"settings": {"n": 0}}
     assert [job.key for job in done_in_order(again, 1)] == [job.key for job in done_in_order(schedule, 1)]
     assert half[5] == example.Job("score", 1, LONG)
 

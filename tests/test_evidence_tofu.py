@@ -1,6 +1,7 @@
 """The example of TOFU on a chat model: its format, its summary, and its memorized models."""
 
 import json
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -49,3 +50,37 @@ def test_models_that_learned_other_rows_are_not_taken(tofu, tmp_path):
     made.args.forget_set = "forget05"
     with pytest.raises(ValueError, match=r"forget01.*forget05.*output-dir"):
         made.folder("base")
+
+
+def test_what_was_measured_with_other_options_is_measured_anew(example, monkeypatch, tmp_path):
+    measured = []
+
+    class NoRows:
+        def __init__(self, args):
+            names = ("model", "forget_set", "retain_rows", "memorize_lr", "memorize_epochs", "batch_size")
+            self.learned_from = {name: getattr(args, name) for name in names}
+
+    def scores(tofu, model):
+        measured.append(model)
+        return {"answers": {"forget": ["a"], "retain": ["a"]}, "answers_rouge": {"forget": [1.0], "retain": [1.0]}}
+
+    monkeypatch.setattr(example, "Tofu", NoRows)
+    monkeypatch.setattr(example, "scores", scores)
+    systems = {name: lambda tofu, name=name: name for name in example.SYSTEMS}
+    monkeypatch.setattr(example, "SYSTEMS", systems)
+
+    def run(*options):
+        measured.clear()
+        files = ["--model", "m", "--data-dir", "d", "--output-dir", str(tmp_path)]
+        names = ["--systems", "base", example.GATED, example.LORA]
+        monkeypatch.setattr(sys, "argv", ["evidence_tofu.py", *files, *names, *options])
+        example.main()
+        return [*measured]
+
+    everything = ["base", example.GATED, example.LORA]
+    assert run() == everything
+    assert run() == []
+    assert run("--lora-lr", "1e-4") == [example.LORA]
+    assert run("--recall", "0.9") == [example.GATED]
+    for option in ("--memorize-lr", "--memorize-epochs", "--other-questions", "--retain-rows", "--batch-size"):
+        assert run(option, "3") == everything, option

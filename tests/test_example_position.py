@@ -35,11 +35,13 @@ def position(monkeypatch, tmp_path):
         data=SimpleNamespace(format=task),
         tokenizer=make_tokenizer(),
         batch_size=8,
+        digest="ab12",
         load=lambda name: learned(),
         training_arguments=lambda **given: arguments(tmp_path / "trainer", **given),
     )
     monkeypatch.setattr(script, "experiment_of", lambda args, seed: experiment)
     monkeypatch.setattr(script, "splits_of", lambda args, experiment: (sides, sides))
+    script.experiment = experiment
     return script
 
 
@@ -60,3 +62,6 @@ def test_both_positions_are_trained_scored_and_kept(position, tmp_path, monkeypa
     monkeypatch.setattr(position, "trained", None)  # nothing is made again
     position.main()
     assert capsys.readouterr().out.partition("accuracy (generic answers)")[2] == table
+    position.experiment.digest = "cd34"  # another model or other data: nothing of it is there
+    with pytest.raises(TypeError, match="not callable"):
+        position.main()

@@ -121,6 +121,13 @@ class Plan:
         """The system of a name."""
         return next(system for system in self.systems if system.name == name)
 
+    @property
+    def rule(self) -> dict[str, float]:
+        """What the lines of trials depend on, beside setup and settings."""
+        return {
+            name: getattr(self, name) for name in ("choosing_seed", "held_out", "choosing_steps", "margin", "penalty")
+        }
+
     def chooses_by(self, system: System) -> str | None:
         """The name of the system whose candidates give a system its settings; None if nothing is to be chosen."""
         return system.name if system.candidates else system.settings_of

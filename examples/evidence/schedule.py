@@ -52,6 +52,9 @@ class Schedule:
         choice: that of earlier calls; its systems are not tried.
         known: lines of earlier calls, whose jobs are done.
         attacked: names of systems to attack in place of the best.
+
+    Raises:
+        ValueError: if a line of an earlier call has other settings than its job would have now.
     """
 
     def __init__(
@@ -72,6 +75,24 @@ class Schedule:
         self.failed: set[str] = set()
         self._trials = [record for record in known if record.get("candidate") is not None]
         self._choose()
+        for record in known:
+            self._check(record)
+
+    def _check(self, record: Record) -> None:
+        if "settings" not in record or record["system"] not in {system.name for system in self.plan.systems}:
+            return
+        system, candidate = self.plan.system(record["system"]), record.get("candidate")
+        if candidate is not None:
+            expected = system.candidate(candidate) if candidate < len(system.candidates) else None
+        elif self.plan.chooses_by(system) in {None, *self.choice["systems"]}:
+            expected = self.plan.settings(system, self.choice["systems"])
+        else:
+            return
+        if record["settings"] != expected:
+            raise ValueError(
+                f"{record['job']} was done with {record['settings']}; by the plan and the choice it has {expected}. "
+                "Take another --output-dir."
+            )
 
     # ---- what there is to do ----
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from datasets import Dataset, concatenate_datasets
 from paper.memorization import CompletionTrainer
+from paper.runs import is_made
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, TrainingArguments, set_seed
 
@@ -111,9 +112,7 @@ class Tofu:
         """
         folder = self.args.output_dir / f"{name}-{self.args.seed}"
         record = folder / "memorized.json"  # written last
-        if record.exists():
-            if (known := json.loads(record.read_text()).get("learned_from")) != self.learned_from:
-                raise ValueError(f"{folder} learned from {known}, not {self.learned_from}; take another --output-dir.")
+        if is_made(record, self.learned_from, "learned_from"):
             return folder
         known = Dataset.from_list(list(self.forget) + list(self.learned)) if name == "base" else self.learned
         epochs, stop = self.args.memorize_epochs, Stop(self)
@@ -157,13 +156,11 @@ class Tofu:
         settings = settings | {"steps": self.args.steps, "batch_size": self.args.batch_size}
         settings |= {"unseen_retain": self.args.unseen_retain, "learned_from": self.learned_from}
         record = folder / "made_with.json"
-        if not record.exists():
+        if not is_made(record, settings):
             begun = time.perf_counter()
             facts = make(folder)
             facts |= {"seconds": time.perf_counter() - begun}
             write_text(record, json.dumps({"settings": settings, "cost": facts}) + "\n")
-        if (known := json.loads(record.read_text())["settings"]) != settings:
-            raise ValueError(f"{folder} was made with {known}, not with {settings}; take another --output-dir.")
         return folder
 
     def train(

@@ -58,14 +58,15 @@ def work(args: argparse.Namespace, job: Job, settings: dict[str, Any] | None) ->
     set_up(args)
     plan, start = Plan.read(args.plan), time.perf_counter()
     experiment = experiment_of(args, job.seed)
-    record: dict[str, Any] = {"job": job.key, "seed": job.seed, "system": job.system}
+    record: dict[str, Any] = {"job": job.key, "seed": job.seed, "system": job.system, "experiment": experiment.digest}
     name = job.system.replace(" ", "-").replace(",", "").replace("+", "-")
     folder = args.output_dir / "adapters" / f"{name}-{job.seed}"
     if job.kind == "memorize":
         record |= jobs.memorized(experiment, job.system)
     elif job.kind == "trial":
         assert isinstance(job.part, int)
-        record |= {"candidate": job.part} | jobs.trial(plan, experiment, plan.system(job.system), job.part)
+        record |= {"candidate": job.part, "rule": plan.rule}
+        record |= jobs.trial(plan, experiment, plan.system(job.system), job.part)
     else:
         assert settings is not None
         if job.kind == "score":
@@ -73,7 +74,8 @@ def work(args: argparse.Namespace, job: Job, settings: dict[str, Any] | None) ->
         else:
             assert isinstance(job.part, str)
             system, most = plan.system(job.system), args.attacked
-            record |= {"attack": job.part} | jobs.attack(job.part, experiment, system, settings, most, folder)
+            record |= {"attack": job.part, "attacked": most}
+            record |= jobs.attack(job.part, experiment, system, settings, most, folder)
     jobs.clean()
     on_gpu = torch.cuda.is_available()
     record |= {"job_seconds": time.perf_counter() - start, "model": Path(args.model).name}

@@ -153,6 +153,11 @@ class Experiment:
             fields["append_eos"] = True
         return fields | {"model_digest": model_digest(self.setup.model), "data_digest": data}
 
+    @cached_property
+    def digest(self) -> str:
+        """A short digest of the identity, for keys of what is measured."""
+        return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:16]
+
     def second_questions(self, groups: tuple[str, ...]) -> Dataset:
         """Rows that ask *which person is named?*, a third as many as the training rows of these groups.
 

@@ -212,6 +212,19 @@ def model_digest(name: str) -> str | None:
     return digest.hexdigest()
 
 
+def is_made(record: Path, settings: dict[str, Any], key: str = "settings") -> bool:
+    """Whether something is stored, by the JSON file that is written last, with these settings at `key`.
+
+    Raises:
+        ValueError: if it was made with other settings.
+    """
+    if not record.exists():
+        return False
+    if (known := json.loads(record.read_text(encoding="utf-8")).get(key)) != settings:
+        raise ValueError(f"{record.parent} was made with {known}, not with {settings}; take another --output-dir.")
+    return True
+
+
 def run_settings(run: Run) -> dict[str, Any]:
     """The settings of a run, with the default loss weights of the method where none are given."""
     loss = run.unlearning_method().loss
