@@ -1,0 +1,42 @@
+"""The pages of results on small models: each table has the numbers of its stored runs, rounded."""
+
+import pytest
+from stored_evidence import DOCS, tables_of
+
+from spul.data import SPLITS
+
+
+@pytest.fixture
+def groups(examples):
+    """Means over seeds of a file of runs, by method."""
+    from paper.tables import aggregate, read_runs
+
+    return lambda name: {one.key["method"]: one for one in aggregate(read_runs(DOCS / f"data/results/{name}.jsonl"))}
+
+
+@pytest.mark.parametrize(
+    ("name", "page", "heading"),
+    [
+        ("reviews", "results-appendix.md", "Reviews"),
+        ("quiz", "results-appendix.md", "Quiz"),
+        ("sst2", "results-appendix.md", "SST-2"),
+        ("sst2", "results.md", "SST-2"),
+    ],
+)
+def test_the_tables_of_methods_have_the_means_and_deviations_of_their_runs(groups, name, page, heading):
+    found, rows = groups(name), tables_of(page, heading)[0][1:]
+    assert {len(one.seeds) for one in found.values()} == {3}
+    assert len(rows) >= 6
+    for method, *cells in rows:
+        scores = found[method.split(" (")[0]].scores
+        values = [*(scores[split]["accuracy"] for split in SPLITS), scores["test_forget"]["generic"]]
+        assert cells == [f"{100 * one.mean:.1f} ± {100 * one.sd:.1f}" for one in values], method
+
+
+def test_the_table_of_costs_has_the_means_of_its_runs(groups):
+    found = groups("sst2")
+    for method, parameters, seconds, memory, passes in tables_of("results-appendix.md", "SST-2")[1][1:]:
+        cost = {name: one.mean for name, one in found[method].cost.items()}
+        shown = [f"{cost['trainable_parameters']:,.0f}", f"{cost['seconds']:,.1f}"]
+        shown += [f"{cost['peak_memory_bytes'] / 1e6:,.0f}", f"{cost['forward_passes']:,.0f}"]
+        assert [parameters, seconds, memory, passes] == shown, method
