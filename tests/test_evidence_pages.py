@@ -1,5 +1,6 @@
 """The pages of the evidence: each table has the numbers of its stored lines."""
 
+import json
 import re
 from collections import Counter
 
@@ -161,6 +162,35 @@ def test_the_shapes_are_those_of_the_stored_scores(examples):
     assert row[1:] == [shown(found[f"alpha 0.5, beta {beta}"]) for beta in ("0", "0.1", "0.5", "1")]
 
 
+def test_the_costs_of_rewritten_rows_are_those_of_the_stored_trainings():
+    def tokens(system):
+        found = {one["seed"]: one["training"] for one in attacked() if one["system"] == system and "training" in one}
+        found |= {one["seed"]: one["training"] for one in read("sst2-smollm2-scores.jsonl") if one["system"] == system}
+        return [found[seed]["forward_tokens"] for seed in (1, 2, 3)]
+
+    ratios = [more / less for more, less in zip(tokens(PREFIX + REWRITTEN), tokens(PREFIX), strict=True)]
+    assert [round(one) for one in ratios] == [3, 3, 3]
+    assert "twice the steps and\n  three times the forward tokens" in (DOCS / "results.md").read_text()
+
+
+def test_the_systems_that_were_attacked_are_the_best_by_cost_and_the_protocol_says_what_they_lose(examples):
+    from evidence.plan import Plan
+
+    plan, trials = Plan.read(DATA / "sst2-plan.json"), read("sst2-smollm2-trials.jsonl")
+    assert (plan.margin, plan.penalty) == (0.01, 2)
+    (base,) = {one["base_retain"] for one in trials}
+    chosen = json.loads((DATA / "sst2-smollm2-chosen.json").read_text())
+    retain = [chosen["systems"][name]["held_out"]["retain"]["accuracy"] for name in chosen["attacked"]]
+    within = [one["scores"] for one in trials if base - one["scores"]["retain"]["accuracy"] <= plan.margin + 1e-9]
+    forget = sorted(100 * one["forget"]["accuracy"] for one in within)
+    page = " ".join((DOCS / "evidence.md").read_text().split())
+    lost = sorted(100 * (base - one) for one in retain)
+    assert f"that were attacked lose {lost[0]:.1f} to {lost[-1]:.1f} points of held-out retain" in page
+    assert f"({100 * min(retain):.1f} and {100 * max(retain):.1f} of {100 * base:.1f} %)" in page
+    assert len(within) == 3
+    assert f"three trials, which forgot nothing ({forget[0]:.0f} to {forget[-1]:.0f} % of forget)" in page
+
+
 # ---- ten requests ----
 
 COLUMNS = ("forget", "worst request", "other people", "retain")
@@ -218,6 +248,16 @@ def test_the_table_of_ten_requests_has_the_means_of_its_lines_and_each():
                 assert seeds.rstrip(")") == ", ".join(f"{100 * number:.1f}" for number in each), (name, column)
     base = {line["seed"]: line["retain"] for line in lines if line["system"] == "base"}
     assert all(line["retain"] == base[line["seed"]] for line in lines if line["system"].endswith("behind gates"))
+
+
+@pytest.mark.parametrize(
+    ("name", "page"),
+    [("requests-smollm2-60-steps.jsonl", "results.md"), ("requests-smollm2.jsonl", "results-tables.md")],
+)
+def test_the_milliseconds_of_a_request_are_those_of_its_lines(name, page):
+    found = sorted(one["add_ms"] for one in read(name) if "add_ms" in one and one["after"] == "10 added")
+    assert len(found) == 3
+    assert f"{found[0]:.0f} to {found[-1]:.0f} ms to add" in " ".join((DOCS / page).read_text().split())
 
 
 def test_the_table_of_ten_authors_has_the_numbers_of_its_lines(examples):

@@ -1,4 +1,6 @@
-"""The pages of results on small models: each table has the numbers of its stored runs, rounded."""
+"""The pages of results on small models, and of performance: tables have the numbers of stored runs, rounded."""
+
+import json
 
 import pytest
 from stored_evidence import DOCS, tables_of
@@ -40,3 +42,32 @@ def test_the_table_of_costs_has_the_means_of_its_runs(groups):
         shown = [f"{cost['trainable_parameters']:,.0f}", f"{cost['seconds']:,.1f}"]
         shown += [f"{cost['peak_memory_bytes'] / 1e6:,.0f}", f"{cost['forward_passes']:,.0f}"]
         assert [parameters, seconds, memory, passes] == shown, method
+
+
+# ---- performance ----
+
+
+def records(name):
+    return json.loads((DOCS / f"data/performance/{name}.json").read_text())["records"]
+
+
+def test_ratios_of_attention_are_those_of_the_file():
+    shown = tables_of("performance.md", "Keys of the prompt: copied or merged")[0][1:]
+    found = [[one["shape"], str(one["p"]), f"{one['merged / copied']:.2f}"] for one in records("merged-attention")]
+    assert shown == found
+
+
+def test_tensors_of_a_step_are_those_of_the_file():
+    found = {}
+    for one in records("live-tensors"):
+        found.setdefault((one["model"], one["shape"]), {})[one["step"]] = one
+    steps, lines = ("spul", "spul, concatenated", "floor"), []
+    for key, one in found.items():
+        sizes = [f"{one[step]['peak_bytes'] / 1e6:.0f}" for step in steps]
+        lines.append([*key, *sizes, *(f"{one[step]['memory / floor']:.2f}" for step in steps[:2])])
+    assert tables_of("performance.md", "Gradient checkpointing")[1][1:] == lines
+
+
+def test_tokens_of_two_processes_are_those_of_the_file():
+    one, two = (f"{line['tokens_per_second']:,.0f}" for line in records("two-processes"))
+    assert f"{one} with one and {two} with two" in (DOCS / "performance.md").read_text()

@@ -23,7 +23,7 @@ NUM_DECLINED = 3
 
 @dataclass(frozen=True)
 class Recipe:
-    """Settings of a training; as published unless given.
+    """Settings of a training; as published unless given, but for alpha, which the SST-2 row of the paper has at 1.
 
     Args:
         learning_rate: the highest of the schedule.
