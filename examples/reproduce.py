@@ -307,6 +307,11 @@ def parse_args() -> argparse.Namespace:
         parser.error("nothing to do: give --table, --figure or --search.")
     if args.tsne_rows <= 0:
         parser.error(f"--tsne-rows {args.tsne_rows}: expected a number above 0.")
+    if args.search or "tsne" in args.figure:
+        for name in ("model", "seeds", "prompt_types"):
+            if len(several := getattr(args, name)) > 1:
+                given = f"--{name.replace('_', '-')} {' '.join(map(str, several))}"
+                parser.error(f"{given}: --figure tsne and --search are of one; give them in a command of their own.")
     baselines = set(args.methods) - {"SPUL", "EUL"} and {"main", "forget-size", "pareto"} & {*args.table, *args.figure}
     if args.load_in_4bit and args.baseline_trainable == "full" and baselines:
         parser.error("--load-in-4bit: 4-bit weights do not train; give --baseline-trainable lora, or --methods SPUL.")

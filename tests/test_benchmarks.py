@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -137,9 +138,14 @@ def test_a_step_and_its_estimate_hold_about_the_same_tensors(tmp_path, monkeypat
 
 
 @pytest.mark.usefixtures("in_this_process")
-def test_rows_are_scored_by_each_measure(tmp_path, monkeypatch):
+def test_rows_are_scored_by_each_measure_in_the_type_that_is_reported(tmp_path, monkeypatch):
+    import common
+
     out = tmp_path / "out.json"
-    run(monkeypatch, "evaluate_rows.py", "--rows", 50, "--json", out)
+    built, really = [], common.build_model
+    monkeypatch.setattr(common, "build_model", lambda *args: built.append(args[-1]) or really(*args))
+    run(monkeypatch, "evaluate_rows.py", "--rows", 50, "--dtype", "bfloat16", "--json", out)
+    assert set(built) == {torch.bfloat16}
     records = json.loads(out.read_text())["records"]
     assert [record["measure"] for record in records] == ["answers", "kl", "membership"]
     assert all(record["seconds"] > 0 and record["rows"] == 50 for record in records)
@@ -165,6 +171,24 @@ def test_two_processes_tell_the_tokens_that_both_train_on():
     found = two_processes.measured(SimpleNamespace(model="tiny", shape="sst2", steps=3), 2)
     tokens = found["seconds"] * found["tokens_per_second"]  # of the one step that is counted
     assert 0.7 < tokens / (2 * 32 * 46) <= 1
+
+
+@pytest.mark.parametrize(
+    ("script", "options"),
+    [
+        ("two_processes.py", ("--dtype", "bfloat16")),
+        ("two_processes.py", ("--device", "cuda")),
+        ("length_grouping.py", ("--rows", "r", "--tokenizer", "t", "--dtype", "bfloat16")),
+        ("length_grouping.py", ("--rows", "r", "--tokenizer", "t", "--device", "cuda")),
+        ("evaluate_rows.py", ("--rounds", "3")),
+    ],
+)
+def test_options_that_a_script_would_report_and_not_follow_are_refused(script, options, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        run(monkeypatch, script, *options)
+    assert re.search(
+        r"error: --(device|rounds).*: (measured in float32|each measure runs once)", capsys.readouterr().err
+    )
 
 
 def test_tokens_per_second_are_those_of_the_rows_whatever_their_batches(tmp_path, monkeypatch):

@@ -68,11 +68,17 @@ def test_the_workflow_runs_the_projects_check_on_pythons_that_the_project_suppor
 
 def test_what_tests_read_is_in_the_source_distribution():
     listed = text_of("MANIFEST.in")
-    for name in ("tests", "examples", "docs"):
-        assert f"graft {name}" in listed
-    for name in re.search(r"^include (.+)$", listed, re.MULTILINE)[1].split():
+    grafted = re.findall(r"^graft (.+)$", listed, re.MULTILINE)
+    included = re.search(r"^include (.+)$", listed, re.MULTILINE)[1].split()
+    for name in included:
         assert (ROOT / name).is_file(), name
-        assert name in listed
+    tests = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("*.py"))
+    read = set(re.findall(r'(?:text_of\(|ROOT / )f?"([^"{]+)', tests)) - {
+        "models"
+    }  # of the package, whose folder is ROOT there
+    assert {"mkdocs.yml", "CITATION.cff", "docs/command-line.md"} <= read
+    always = ["pyproject.toml", "spul"]
+    assert [name for name in read if name.split("/")[0] not in [*grafted, *included, *always]] == []
 
 
 def test_pages_of_the_site_are_all_in_its_navigation_once():

@@ -135,6 +135,9 @@ def test_figures_and_search(reproduce):
     ("options", "message"),
     [
         ((), "nothing to do"),
+        (("--figure", "tsne", "--seeds", "0", "1"), "--seeds 0 1: --figure tsne and --search are of one"),
+        (("--search", "3", "--prompt-types", "p_tuning", "prefix_tuning"), "p_tuning prefix_tuning: --figure tsne"),
+        (("--search", "3", "--model", "a", "b"), "--model a b: --figure tsne and --search are of one"),
         (("--table", "main", "--lr", "sgd=1"), "'sgd=1': expected NAME=NUMBER, above 0, with NAME one of p_tuning"),
         (("--table", "main", "--lr", "GA=-1"), "'GA=-1': expected"),
         (("--table", "main", "--seeds", "0", "0"), "--seeds 0 0: one is given twice"),

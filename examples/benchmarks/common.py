@@ -251,6 +251,15 @@ def dtype_of(args: argparse.Namespace) -> torch.dtype:
     return getattr(torch, args.dtype or default)
 
 
+def on_a_cpu(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The arguments of a benchmark that knows float32 on a CPU alone, with one thread."""
+    args = parser.parse_args()
+    if args.device != "cpu" or args.dtype not in (None, "float32"):
+        parser.error("--device, --dtype: measured in float32 on a CPU alone; leave both out.")
+    torch.set_num_threads(1)
+    return args
+
+
 def surroundings(args: argparse.Namespace) -> dict[str, Any]:
     """The conditions of a measurement: model, device, versions."""
     import transformers

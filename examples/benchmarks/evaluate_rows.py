@@ -48,16 +48,18 @@ def main() -> None:
     parser.add_argument("--in-this-process", action="store_true", help="one measure; last line of output is JSON")
     parser.set_defaults(model="tiny", device="cpu", rounds=1)
     args = parser.parse_args()
+    if args.rounds != 1:
+        parser.error("--rounds: each measure runs once, in a process of its own.")
     if args.in_this_process:
         make_measures(args, min(args.rows, 1_000))[args.measures[0]]()  # imports, first calls
         call = make_measures(args, args.rows)[args.measures[0]]
         start = time.perf_counter()
-        with PeakMemory("cpu") as peak:
+        with PeakMemory(args.device) as peak:
             call()
         print(json.dumps({"seconds": time.perf_counter() - start, "peak_bytes": peak.bytes}))
         return
     options = ["--in-this-process", "--rows", str(args.rows), "--batch-size", str(args.batch_size)]
-    options += ["--model", args.model, "--device", args.device]
+    options += ["--model", args.model, "--device", args.device, *(["--dtype", args.dtype] if args.dtype else [])]
     records = [
         {"measure": one, "rows": args.rows, **common.in_fresh_process(__file__, [*options, "--measures", one])}
         for one in args.measures

@@ -46,7 +46,6 @@ class CountingTrainer(UnlearningTrainer):
 
 def main() -> None:
     args = parse_args()
-    torch.set_num_threads(1)
     clock = common.clock_of(args)
     lengths = lengths_of(args.rows, args.tokenizer)
     drawn = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(0))[: args.steps * args.batch_size]
@@ -158,7 +157,7 @@ def parse_args() -> Any:
     parser.add_argument("--num-virtual-tokens", type=int, default=30)
     common.add_clock(parser)
     parser.set_defaults(model="cpu-20m", device="cpu", rounds=1)
-    return parser.parse_args()
+    return common.on_a_cpu(parser)
 
 
 if __name__ == "__main__":

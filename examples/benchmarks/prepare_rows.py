@@ -181,7 +181,8 @@ def main() -> None:
     for task, times in seconds.items():
         for step, each in times.items():
             options = ["--memory-only", step, "--tasks", task, "--rows", str(args.rows), "--model", args.model]
-            peak_bytes = common.in_fresh_process(__file__, [*options, "--device", args.device])
+            options += ["--device", args.device, *(["--dtype", args.dtype] if args.dtype else [])]
+            peak_bytes = common.in_fresh_process(__file__, options)
             record = {"task": task, "step": step, "seconds": statistics.median(each), "all_seconds": each}
             records.append({**record, "peak_bytes": peak_bytes})
     where = {**common.surroundings(args), "rows": args.rows}

@@ -42,7 +42,6 @@ class Clock(TrainerCallback):
 
 def train(args: Any) -> None:
     """Train in this process, one of those that were started; the first prints tokens per second."""
-    torch.set_num_threads(1)
     state, shape = PartialState(cpu=True), common.SHAPES[args.shape]
     base = common.build_model(args.model, "cpu", torch.float32)
     num_rows = shape.batch_size * args.steps * state.num_processes
@@ -99,7 +98,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--folder", help="of the trainer, in a process that was started by this program")
     parser.set_defaults(model="cpu-20m", device="cpu", rounds=3)
-    args = parser.parse_args()
+    args = common.on_a_cpu(parser)
     if args.folder:
         train(args)
     rounds = [{number: measured(args, number) for number in (1, 2)} for _ in range(args.rounds)]
