@@ -11,7 +11,7 @@ from helpers import make_collator
 from small_evaluations import ATTACKS, SEED, assert_metrics, make_model, make_splits, measured
 
 from spul.evaluation.attack_settings import AttackSettings
-from spul.evaluation.attacks import diluted, in_document, letter_case, mixed_query, with_prefix
+from spul.evaluation.attacks import diluted, in_document, letter_case, mixed_query
 from spul.evaluation.metrics.scoring import score_completions
 
 pytestmark = pytest.mark.usefixtures("few_resamples")
@@ -79,10 +79,6 @@ def test_conversations_are_attacked_in_their_question():
         expected = score_completions(model, attacked, collator)
         which = {"measure": "input attack", "rows": "test_forget", "attack": attack, "level": level}
         assert_metrics(found, expected, **which)
-    question = some[0]["prompt"][0]["content"]
-    own = AttackSettings(inputs={"mine": lambda rows: with_prefix(rows, f"Not {question}")})
-    found = measured(model, "input attack", splits=talks, collator=collator, attacks=own)
-    assert found.skipped["example of the input attack 'mine'"] == "it has rows of the evaluation in it"
 
 
 def prompted():

@@ -17,6 +17,7 @@ from small_evaluations import ATTACKS, learned, make_model, make_splits, measure
 from spul.data.conversations import texts_of
 from spul.evaluation.aggregation import in_words
 from spul.evaluation.attack_settings import AttackSettings
+from spul.evaluation.attacks import letter_case, with_prefix
 from spul.evaluation.attacks.usual import JAILBREAKS, STAND_IN, TURN_UNIT, checked_attacks, usual_attacks
 from spul.evaluation.evidence import evaluation_digest, verify_evidence, write_evidence
 from spul.evaluation.examples import attack_examples
@@ -198,22 +199,27 @@ def test_a_pack_is_made_of_a_prompt_and_of_changed_weights_and_shows_no_row(tmp_
 # ---- what attacks ask ----
 
 
-def test_attacks_of_ones_own_are_shown_on_a_made_up_row_and_those_with_rows_in_them_are_not():
-    row = make_splits()["test_retain"][0]["prompt"]
+def test_attacks_by_functions_of_ones_own_are_not_shown_since_they_may_hold_rows_in_any_form(tmp_path):
+    pytest.importorskip("matplotlib")
 
-    def with_row(rows):
-        return rows.map(lambda one: {"prompt": f"{row} {one['prompt']}"})
+    def with_row(some):
+        return letter_case(with_prefix(some, "a secret play"), "upper")  # of none of the splits
 
-    def picky(rows):
-        if rows[0]["prompt"] == STAND_IN:
-            raise KeyError("not among mine")
-        return with_row(rows)
-
-    attacks = dataclasses.replace(ATTACKS, inputs={**ATTACKS.inputs, "with a row": with_row, "picky": picky})
+    attacks = dataclasses.replace(ATTACKS, inputs={"with a row": with_row})
     found = measured(make_model("prompt_tuning"), "input attack", attacks=attacks)
-    assert found.facts["attack_examples"] == {"capitals": STAND_IN.upper(), "before": f"film ?\n{STAND_IN}"}
-    assert found.skipped["example of the input attack 'with a row'"] == "it has rows of the evaluation in it"
-    assert "it fails on a made-up row: KeyError" in found.skipped["example of the input attack 'picky'"]
+    assert found.facts["attack_examples"] == {}
+    assert "functions of your own may put rows of the data into" in found.skipped["examples of the input attacks"]
+    write_evidence(found, tmp_path / "pack")
+    assert not [path for path in (tmp_path / "pack").rglob("*.*") if b"secret play" in path.read_bytes().lower()]
+
+
+def test_a_paraphrase_is_asked_of_the_rows_alone_and_only_attacks_that_are_made_are_shown():
+    table = {text: f"say {text}" for name in ("test_forget", "test_retain") for text in make_splits()[name]["prompt"]}
+    attacks = AttackSettings(paraphrase=table.__getitem__, only=("capitals", "paraphrase"))
+    found = measured(make_model("prompt_tuning"), "input attack", attacks=attacks)
+    assert {one.attack for one in found.measurements} == {"none", "capitals", "paraphrase"}
+    assert found.facts["attack_examples"] == {"capitals": STAND_IN.upper()}
+    assert "functions of your own" in found.skipped["example of the input attack 'paraphrase'"]
 
 
 def talk(row):
@@ -235,10 +241,10 @@ def test_the_usual_attacks_are_all_shown_without_any_row(text_field, as_messages
         *(None, splits, collator), **none, neighbors={}, unrelated_texts=(), questions={}, question_format=None,
         attacks=settings, batch_size=1, max_new_tokens=1, seed=0,
     )  # fmt: skip
-    examples = attack_examples(suite)
     filler = splits["test_retain"]
-    attacks = usual_attacks(text_field, filler, other_rows=filler, turns=(1,), wording=settings.wording)
-    assert list(examples) == [in_words(*key, TURN_UNIT) for key in checked_attacks(attacks)]
+    made = checked_attacks(usual_attacks(text_field, filler, other_rows=filler, turns=(1,), wording=settings.wording))
+    examples = attack_examples(suite, made)
+    assert list(examples) == [in_words(*key, TURN_UNIT) for key in made]
     said = "user: " if as_messages else ""
     assert examples["jailbreak 1 before"].startswith(f"{said}{JAILBREAKS[0]}\n")
     assert examples["diluted, 1 turn"].endswith(f"{said}{STAND_IN}" if text_field is None else STAND_IN)

@@ -2,58 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import dataclasses
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from datasets import Dataset
 
-from ..data.conversations import content_of, texts_of
-from ..data.rows import column_values
+from ..data.conversations import content_of
 from .aggregation import in_words
 from .attacks.changes import InapplicableError, is_conversation, with_prompts_changed
 from .attacks.usual import STAND_IN, TURN_UNIT, checked_attacks
 from .suite import Suite
 
 OTHERS = tuple(f"Play number {i} has a fine cast and a poor script." for i in range(1, 65))
+OWN = "functions of your own may put rows of the data into prompts, which are not shown"
 
 
-def attack_examples(suite: Suite) -> dict[str, str]:
+def attack_examples(suite: Suite, made: Collection[tuple[str, int | None]]) -> dict[str, str]:
     """A made-up row, a text or a conversation as those of the evaluation, as each attack on the input changes it.
 
-    Attacks that are the user's own may put other rows into a prompt. An example with a prompt or a text of the
-    evaluation's rows in it is left out, and so is one of an attack that cannot be made on the row; `suite.skipped`
-    says so.
+    Attacks by the user's own functions may put rows of the data into a prompt, in any form. Of those there is no
+    example; `suite.skipped` says so. Nor is there one of an attack that cannot be made on the row.
 
     Args:
         suite: models, rows and settings.
+        made: name and level of the attacks that the evaluation makes.
 
     Returns:
         The changed prompt by the attack's name in the report; of a conversation a line for each message, its role
         first.
     """
     settings, text_field = suite.attacks, suite.collator.encoder.text_field
+    if settings.inputs is not None:
+        suite.skipped["examples of the input attacks"] = OWN
+        return {}
+    if ("paraphrase", None) in made:
+        suite.skipped["example of the input attack 'paraphrase'"] = OWN
     as_messages = is_conversation(suite.splits["test_forget"])
     row = _rows([STAND_IN], text_field, as_messages, " ".join(settings.wording or ()))
-    attacks = settings.inputs
-    if attacks is None:
-        others = _rows(OTHERS, text_field, as_messages)
-        attacks = settings.usual_attacks(text_field, others, others, suite.seed)
+    others = _rows(OTHERS, text_field, as_messages)
+    attacks = dataclasses.replace(settings, paraphrase=None)
     found = {}
-    for (attack, level), change in checked_attacks(attacks).items():
-        name = in_words(attack, level, TURN_UNIT)
-        try:
-            text = _in_lines(with_prompts_changed(row, change, name)[0]["prompt"])
-        except InapplicableError:
-            continue
-        except Exception as error:
-            if settings.inputs is None:
-                raise
-            suite.skipped[f"example of the input attack {name!r}"] = f"it fails on a made-up row: {error!r}"
-            continue
-        if settings.inputs is not None and _holds_rows(text, suite):
-            suite.skipped[f"example of the input attack {name!r}"] = "it has rows of the evaluation in it"
-            continue
-        found[name] = text
+    for key, change in checked_attacks(attacks.usual_attacks(text_field, others, others, suite.seed)).items():
+        name = in_words(*key, TURN_UNIT)
+        if key in made:
+            with contextlib.suppress(InapplicableError):
+                found[name] = _in_lines(with_prompts_changed(row, change, name)[0]["prompt"])
     return found
 
 
@@ -75,16 +70,3 @@ def _in_lines(prompt: Any) -> str:
     if isinstance(prompt, str):
         return prompt
     return "\n".join(f"{message['role']}: {content_of(message) or ''}" for message in prompt)
-
-
-def _holds_rows(text: str, suite: Suite) -> bool:
-    """Whether a prompt or a text of the evaluation's rows stands in an example."""
-    return any(
-        one in text
-        for rows in suite.splits.values()
-        for column in ("prompt", suite.collator.encoder.text_field)
-        if column is not None and column in rows.column_names
-        for value in column_values(rows, column)
-        for one in texts_of(value)
-        if one.strip()
-    )

@@ -174,8 +174,8 @@ def evaluate(
     measured = [measure for name, measure in MEASURES.items() if name in measures]
     tasks = _tasks(suite, measured)
     settings = settings_of(suite, models, [measure.name for measure in measured])
-    is_attacked = any(task.keys[0].measure == "input attack" for task in tasks)
-    facts = facts_of(suite, key, attack_examples(suite) if is_attacked else None)
+    attacked = {(one.attack, one.level) for task in tasks for one in task.keys if one.measure == "input attack"}
+    facts = facts_of(suite, key, attack_examples(suite, attacked) if attacked else None)
     folder = None if output_dir is None else Path(output_dir)
     found, failed = _measured(tasks, folder, settings, progress, together=suite.is_sharded)
     evaluation = Evaluation(published(settings), found, suite.skipped | failed, facts=facts)
