@@ -153,6 +153,21 @@ def test_a_model_without_scores_of_unseen_rows_has_no_membership_numbers_and_the
         }
 
 
+@pytest.mark.parametrize("model", ["unlearned", "retrained"])
+@pytest.mark.parametrize("rows", ["train_forget", "unseen"])
+def test_membership_by_scores_that_are_nan_is_not_known_and_compared_with_nothing(model, rows):
+    found = [
+        dataclasses.replace(one, per_row={**one.per_row, "loss": [math.nan, *one.per_row["loss"][1:]]})
+        if (one.model, one.rows) == (model, rows)
+        else one
+        for one in membership()
+    ]
+    metrics = [one for one in evaluate(*found).metrics if one.attack == "loss"]
+    assert {one.name for one in metrics} == {"auc", "true_positive_rate", "reversed_true_positive_rate"}
+    assert {one.model for one in metrics if math.isnan(one.value)} == {model}
+    assert [one.model for one in metrics if not math.isnan(one.value)]
+
+
 # ---- TOFU ----
 
 

@@ -11,6 +11,7 @@ from likelihoods import answer_collator, free_form, of, plain_likelihood
 from peft import LoraConfig, get_peft_model
 
 from spul.evaluation.metrics import (
+    DivergedError,
     Likelihood,
     attack_scores,
     gradient_norm_attack,
@@ -123,6 +124,14 @@ def test_a_gradient_that_cannot_be_had_is_said():
     weight = torch.nn.Parameter(torch.zeros(3, dtype=torch.uint8), requires_grad=False)
     model.get_base_model().register_parameter("packed", weight)
     with pytest.raises(ValueError, match="1 of them quantized"):
+        gradient_norm_attack(model, rows, collator.encoder)
+
+
+def test_gradients_of_a_model_that_has_diverged_are_no_scores():
+    model, collator, rows = build("llama"), answer_collator(), free_form(1)
+    with torch.no_grad():
+        model.get_output_embeddings().weight[0] = torch.inf
+    with pytest.raises(DivergedError, match="the model's gradients are NaN or infinite"):
         gradient_norm_attack(model, rows, collator.encoder)
 
 

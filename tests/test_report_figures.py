@@ -134,6 +134,15 @@ def test_every_seed_has_its_curve_and_the_legend_names_a_model_once():
     ]
 
 
+def test_a_model_that_diverged_on_unseen_rows_has_no_curve_and_the_others_have_theirs():
+    lacking = [one for one in membership() if (one.model, one.rows) != ("unlearned", "unseen")]
+    unknown = {"loss": [1.0] * 9 + [np.nan], "zlib": [1.0] * TEN}
+    found = [dataclasses.replace(one, per_row=unknown) if one.model == "retrained" else one for one in lacking]
+    loss, zlib = draw_roc(evaluation(found)).axes
+    assert set(lines(loss)) == {MODEL_LABELS["detached"], "chance"}
+    assert set(lines(zlib)) == {MODEL_LABELS["detached"], MODEL_LABELS["retrained"], "chance"}
+
+
 # ---- attacks ----
 
 
@@ -196,6 +205,12 @@ def test_an_evaluation_has_the_figures_that_it_has_measurements_for():
     assert list(evaluation_figures(whole())) == [one.figure for one in MEASURES.values() if one.figure]
     assert list(evaluation_figures(evaluation([*input_attacks(), *utility()]))) == ["splits", "input_attacks"]
     assert evaluation_figures(evaluation([])) == {}
+
+
+def test_figures_of_which_nothing_can_be_drawn_are_left_out():
+    of_one_set = [one for one in membership() if one.rows == "unseen"]
+    of_retain = [dataclasses.replace(one, rows="test_retain") for one in input_attacks()]
+    assert list(evaluation_figures(evaluation([*utility(), *of_one_set, *of_retain]))) == ["splits"]
 
 
 @pytest.mark.parametrize("draw", [draw_splits, draw_roc, draw_input_attacks, draw_relearning])

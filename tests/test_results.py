@@ -154,6 +154,23 @@ def test_what_some_seeds_lack_is_left_out_of_the_joined_and_said():
         assert found.skipped == {"utility test_retain unlearned": "of 1 of 2 seeds only; it has diverged"}
 
 
+def test_scores_that_some_seeds_lack_are_left_out_of_the_joined_and_said():
+    def seed(*attacks: str) -> Evaluation:
+        sets = ("train_forget", "unseen")
+        return evaluate(
+            *(of("membership", rows, per_row=dict.fromkeys(attacks, VALUES)) for rows in sets),
+            of("relearning", overall=dict.fromkeys(attacks, 0.5)),
+        )
+
+    for seeds in ([seed("loss", "reference"), seed("loss")], [seed("loss"), seed("loss", "reference")]):
+        found = join(seeds)
+        assert {one.attack for one in found.metrics if one.measure == "membership"} == {"loss"}
+        assert {one.name for one in found.metrics if one.measure == "relearning"} == {"loss"}
+        names = [f"membership {rows} unlearned, reference" for rows in ("train_forget", "unseen")]
+        names.append("relearning test_forget unlearned, reference")
+        assert found.skipped == dict.fromkeys(names, "of 1 of 2 seeds only")
+
+
 def test_evaluations_with_different_settings_are_not_joined():
     def made(seed: int, **changes: object) -> Evaluation:
         settings = {

@@ -12,6 +12,7 @@ from spul.evaluation.metrics.scoring import (
     NEITHER,
     Answers,
     DivergedError,
+    check_not_diverged,
     collect_answers,
     score_completions,
     summarize,
@@ -138,6 +139,16 @@ def test_a_tokenizer_in_the_place_of_a_collator_is_refused(model):
     rows = Dataset.from_list([{"prompt": "a :", "completion": " b"}])
     with pytest.raises(TypeError, match=r"collator is a .*, such as ForgetRetainCollator\(tokenizer"):
         score_completions(model, rows, collator().tokenizer)
+
+
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+def test_logits_without_a_finite_maximum_have_diverged_and_those_of_a_fixed_text_have_not(value):
+    logits = torch.zeros(2, 3, 5)
+    logits[..., 1:] = -torch.inf  # all other tokens have probability 0
+    check_not_diverged(logits)
+    logits[1, 2, 0] = value
+    with pytest.raises(DivergedError, match="logits are NaN or infinite"):
+        check_not_diverged(logits)
 
 
 def test_a_model_that_has_diverged_raises_on_the_rows_where_it_has(model):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -113,6 +113,11 @@ def in_words(attack: str, level: int | None, unit: tuple[str, str]) -> str:
     return ", ".join(filter(None, (attack, number)))
 
 
+def in_all(first: Iterable[str], *others: Container[str]) -> list[str]:
+    """The names of scores that all seeds have; `join` lists the others."""
+    return [name for name in first if all(name in other for other in others)]
+
+
 def aggregate(measurements: Sequence[Measurement]) -> list[MetricValue]:
     """The metrics of measurements, with intervals, and comparisons with the retrained model."""
     by_key: dict[Key, list[Measurement]] = {}
@@ -171,8 +176,7 @@ def _share(value: float, num_rows: int) -> Interval:
 
 def _of_rows(seeds: Sequence[Measurement]) -> list[MetricValue]:
     """Means of per-row scores; perplexity and F1 instead of the columns that they are computed from."""
-    # Seeds that were measured before a score was there lack it.
-    columns = [name for name in seeds[0].per_row if all(name in one.per_row for one in seeds)]
+    columns = in_all(*(one.per_row for one in seeds))
     found = []
     for name in columns:
         if name == "nats":
@@ -192,7 +196,7 @@ def _mean(seeds: Sequence[Measurement], name: str) -> MetricValue:
     num, first = min(map(len, values)), values[0][0]
     # All rows alike under all seeds: resampling rows or seeds has no spread, and each row counts once.
     is_share = metric_of(name).bounds == SHARE and first in (0, 1)
-    if is_share and num > 1 and all(set(one) == {first} for one in values):
+    if is_share and all(set(one) == {first} for one in values):
         return _value(seeds, name, _share(first, num), "rows")
     if len(values) == 1:
         return _value(seeds, name, bootstrap_interval(values[0], num_resamples=NUM_RESAMPLES), "rows")
@@ -204,7 +208,7 @@ def _mean(seeds: Sequence[Measurement], name: str) -> MetricValue:
 def _of_set(seeds: Sequence[Measurement]) -> list[MetricValue]:
     """Scores that exist once for all rows; an interval over rows for shares of rows, if alike under all seeds."""
     found = []
-    for name in seeds[0].overall:
+    for name in in_all(*(one.overall for one in seeds)):
         values = [one.overall[name] for one in seeds]
         if metric_of(name).counts_rows and set(values) == {values[0]} and not math.isnan(values[0]):
             found.append(_value(seeds, name, _share(values[0], min(one.num_rows for one in seeds)), "rows"))
@@ -254,8 +258,11 @@ def _membership(seeds: Sequence[Measurement], by_key: Mapping[Key, list[Measurem
     retrained = seeds[0].key._replace(model="retrained")
     theirs, their_unseen = by_key.get(retrained), by_key.get(retrained._replace(rows=UNSEEN))
     found = []
-    for attack in seeds[0].per_row:
+    for attack in in_all(*(one.per_row for one in (*seeds, *unseen))):
         pairs = _scores(seeds, unseen, attack)
+        if _are_unknown(pairs):
+            found += [_value(seeds, name, UNKNOWN, "", attack) for name, *_ in MEMBERSHIP]
+            continue
         for name, statistic, sign in MEMBERSHIP:
             signed = [(sign * members, sign * others) for members, others in pairs]
             rates = [float(statistic(*pair)) for pair in signed]
@@ -266,11 +273,16 @@ def _membership(seeds: Sequence[Measurement], by_key: Mapping[Key, list[Measurem
             else:
                 interval, over = _over_seeds(rates), "seeds"
             found.append(_value(seeds, name, interval, over, attack))
-        if seeds[0].model == "retrained" or not theirs or not their_unseen or attack not in theirs[0].per_row:
+        if seeds[0].model == "retrained" or not theirs or not their_unseen:
+            continue
+        if not all(attack in one.per_row for one in (*theirs, *their_unseen)):
+            continue
+        others = _scores(theirs, their_unseen, attack)
+        if _are_unknown(others):
             continue
         compared = [
             compare_with_retrained(*pair, *other, num_resamples=NUM_RESAMPLES)
-            for pair, other in zip(pairs, _scores(theirs, their_unseen, attack), strict=True)
+            for pair, other in zip(pairs, others, strict=True)
         ]
         verdict = ", ".join(dict.fromkeys(one.verdict for one in compared))
         at_one = "" if all(one.retrained_auc < 1 for one in compared) else "the retrained model's AUC is 1"
@@ -294,6 +306,11 @@ def _scores(
         (np.asarray(one.per_row[attack]), np.asarray(other.per_row[attack]))
         for one, other in zip(members, unseen, strict=True)
     ]
+
+
+def _are_unknown(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> bool:
+    """Whether a score is NaN, as an earlier version had them of a model that has diverged."""
+    return any(bool(np.isnan(scores).any()) for pair in pairs for scores in pair)
 
 
 def _auc(members: np.ndarray, others: np.ndarray) -> Interval:

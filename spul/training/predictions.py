@@ -15,7 +15,7 @@ from transformers import EvalPrediction, TrainingArguments
 from ..data.checks import check_rows
 from ..data.collator import ForgetRetainCollator
 from ..data.rows import rows_at
-from ..evaluation.metrics.scoring import check_not_nan, response_logits
+from ..evaluation.metrics.scoring import check_not_diverged, response_logits
 from ..losses.positions import response_positions
 from ..losses.terms import IGNORE_INDEX, token_nll
 from ..models.causal_lm import evaluation_mode
@@ -107,7 +107,7 @@ def _predicted(
     batch = {name: tensor.to(device) for name, tensor in collator.encoder.batch(rows).items()}
     positions, targets = response_positions(batch["labels"])
     logits = response_logits(model, batch, positions)
-    check_not_nan(logits[targets != IGNORE_INDEX])
+    check_not_diverged(logits[targets != IGNORE_INDEX])
     entries, names = {**batch, "labels": targets}, label_names or ["labels"]
     if missing := [name for name in names if name not in entries]:
         raise ValueError(f"label_names={label_names!r}: the evaluation rows have no {', '.join(missing)}.")

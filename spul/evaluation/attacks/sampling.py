@@ -19,7 +19,7 @@ from ...records.fields import is_count, is_finite_number
 from ..metrics.batches import ResponseBatch, map_responses
 from ..metrics.free_form import answering
 from ..metrics.likelihood import response_likelihoods
-from ..metrics.scoring import check_not_nan, response_logits
+from ..metrics.scoring import check_not_diverged, response_logits
 
 
 @torch.no_grad()
@@ -61,7 +61,7 @@ def sampled_success(
 
     def measure(batch: ResponseBatch) -> list[float]:
         logits = response_logits(model, batch.inputs, batch.positions, batch.adapter_names)
-        check_not_nan(logits[batch.targets != IGNORE_INDEX])
+        check_not_diverged(logits[batch.targets != IGNORE_INDEX])
         return token_nll(logits.double() / temperature, batch.targets).sum(dim=1).neg().tolist()
 
     log_p = np.array(map_responses(model, rows, encoder, measure, batch_size, progress))

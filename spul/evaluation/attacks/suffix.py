@@ -23,7 +23,7 @@ from ...models.compat_devices import device_of
 from ...models.unlearner import unlearner_of
 from ...records.fields import is_count, is_finite_number
 from ..metrics.batches import ResponseBatch, map_responses
-from ..metrics.scoring import check_not_nan, row_arguments
+from ..metrics.scoring import check_not_diverged, row_arguments
 from .relearning import check_disjoint
 
 
@@ -156,8 +156,8 @@ def _scores(
     def measure(batch: ResponseBatch) -> list[list[float]]:
         logits = _logits(model, batch.inputs, batch.positions, suffix)
         is_unused = batch.targets == IGNORE_INDEX
+        check_not_diverged(logits[~is_unused])
         nll = token_nll(logits, batch.targets).sum(dim=1).double()
-        check_not_nan(nll)
         is_right = ((logits.argmax(dim=-1) == batch.targets) | is_unused).all(dim=1)
         return torch.stack([is_right, nll, (-nll / (~is_unused).sum(dim=1)).exp()], dim=1).tolist()
 

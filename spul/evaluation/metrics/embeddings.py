@@ -14,7 +14,7 @@ from ...data.encoder import RowEncoder
 from ...models.causal_lm import bare_model
 from ...models.unlearner import unlearner_of
 from .batches import ResponseBatch, map_responses
-from .scoring import check_not_nan, response_logits
+from .scoring import check_not_diverged, response_logits
 
 
 @torch.no_grad()
@@ -60,7 +60,7 @@ def response_embeddings(
                     "front of the rows; measure the rows of one prompt at a time."
                 )
             states = states.take_along_dim((batch.positions + in_front)[..., None].to(states.device), dim=1)
-        check_not_nan(states[:, 0], "hidden states")
+        check_not_diverged(states[:, 0].abs(), "hidden states")
         return states[:, 0].float().cpu()
 
     hook = head.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))

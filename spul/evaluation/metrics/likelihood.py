@@ -25,7 +25,7 @@ from ...models.causal_lm import evaluation_mode, unwrapped
 from ...models.compat_devices import device_of
 from ...models.unlearner import unlearner_of
 from .batches import ResponseBatch, map_responses
-from .scoring import check_not_nan, response_logits
+from .scoring import check_not_diverged, response_logits
 
 REVERSE, FORWARD = KLDivergence(direction="reverse"), KLDivergence(direction="forward")
 
@@ -78,7 +78,7 @@ def response_likelihoods(
 
     Raises:
         TypeError: if `rows` is not a `datasets.Dataset`.
-        ValueError: if there are no rows, or the model's logits are NaN.
+        ValueError: if there are no rows, or the model's logits are NaN or infinite.
     """
     check_rows(rows, columns=())
     model = unwrapped(model)
@@ -94,7 +94,7 @@ def response_likelihoods(
 
 def _log_softmax(logits: Tensor) -> Tensor:
     """Log-probabilities in at least float32."""
-    check_not_nan(logits)
+    check_not_diverged(logits)
     return as_float(logits).log_softmax(dim=-1)
 
 

@@ -23,7 +23,7 @@ from ...models.causal_lm import bare_model, unwrapped
 from ...models.compat import own_parameters
 from .batches import ResponseBatch, map_responses
 from .likelihood import Likelihood, check_has_likelihoods, mean_log_probs, response_likelihoods
-from .scoring import response_logits
+from .scoring import check_not_diverged, response_logits
 
 GradientOf = Literal["model", "adapter"]
 
@@ -136,7 +136,7 @@ def gradient_norm_attack(
 
     Raises:
         ValueError: if there are no rows, `of` is neither, there are no such parameters, they are quantized or
-            offloaded, or the adapter is disabled.
+            offloaded, the adapter is disabled, or the model has diverged: its gradients are NaN or infinite.
 
     Source: Wang et al., *Pandora's White-Box*, https://arxiv.org/abs/2402.17012
     """
@@ -168,7 +168,9 @@ def gradient_norm_attack(
             raise ValueError(f"of={of!r}: no gradient reaches these parameters; enable the adapter.")
         found = [g for g in torch.autograd.grad(loss, theta, allow_unused=True) if g is not None]
         parts = [torch.linalg.vector_norm(g if g.dtype == torch.float64 else g.float()) for g in found]
-        return [float(np.linalg.norm([float(part) for part in parts]))]
+        norm = np.linalg.norm([float(part) for part in parts])
+        check_not_diverged(torch.tensor([norm]), "gradients")
+        return [float(norm)]
 
     required = [parameter.requires_grad for parameter in theta]
     try:

@@ -44,7 +44,7 @@ def text_losses(
 
     Raises:
         TypeError: if the texts are not strings.
-        ValueError: if there are no texts, none has a token to predict, or the model's logits are NaN.
+        ValueError: if there are no texts, none has a token to predict, or the model's logits are NaN or infinite.
     """
     whole = _whole_ids(texts, encoder)
     tokens_lost = np.array([max(0, len(ids) - encoder.max_length) for ids in whole])

@@ -52,14 +52,17 @@ class Answers:
 
 
 class DivergedError(ValueError):
-    """The model has diverged: its logits or hidden states are NaN."""
+    """The model has diverged: its logits, hidden states or gradients are NaN or infinite."""
 
 
-def check_not_nan(values: Tensor, what: str = "logits") -> None:
-    """Raise if logits or hidden states are NaN: an answer read from them would look forgotten."""
-    if bool(values.isnan().any()):
+def check_not_diverged(values: Tensor, what: str = "logits") -> None:
+    """Raise if rows of values have no finite maximum: an answer read from such logits would look forgotten.
+
+    Single logits of -infinity are those of tokens of probability 0.
+    """
+    if not bool(values.amax(dim=-1).isfinite().all()):
         raise DivergedError(
-            f"the model's {what} are not numbers (NaN): it has diverged, there is nothing to measure. Lower the "
+            f"the model's {what} are NaN or infinite: it has diverged, there is nothing to measure. Lower the "
             "learning rate that it learns at; if it is in float16, load it in bfloat16 or float32."
         )
 
@@ -110,7 +113,7 @@ def greedy_completions(
         classes: the labels of the task.
 
     Raises:
-        DivergedError: a ValueError, if logits at the response positions are NaN.
+        DivergedError: a ValueError, if logits at the response positions are NaN or infinite.
     """
     device = device_of(model)
     own = [completion_text(row["completion"]) for row in rows]
@@ -132,7 +135,7 @@ def greedy_completions(
         positions, targets = response_positions(batch["labels"])
         names = adapter_names_of([rows[i] for i in some])
         logits = response_logits(model, batch, positions, names)
-        check_not_nan(logits[targets != IGNORE_INDEX])
+        check_not_diverged(logits[targets != IGNORE_INDEX])
         chosen = logits.argmax(dim=-1)
         same = ((chosen == targets) | (targets == IGNORE_INDEX)).all(dim=1)
         return same.tolist(), chosen[:, 0], token_nll(logits, targets).sum(dim=1)
@@ -216,7 +219,7 @@ def score_completions(
     Raises:
         TypeError: if rows or collator are of another type.
         ValueError: if there are no rows, they have no `prompt` and `completion`, or the model has diverged: its logits
-            are NaN.
+            are NaN or infinite.
     """
     if adapter_names is not None:
         rows = with_adapter_names(model, rows, adapter_names)

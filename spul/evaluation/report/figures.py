@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +10,7 @@ import numpy as np
 from sklearn.metrics import roc_curve
 
 from ...data.unlearning_data import SPLITS
-from ..aggregation import MEMBERS, UNSEEN, Measurement, MetricValue
+from ..aggregation import MEMBERS, UNSEEN, MetricValue, in_all
 from ..attacks.inputs import WITHOUT
 from ..measures import MEASURES, variant_in_words
 from ..metrics.table import metric_of
@@ -29,6 +30,8 @@ INTERVAL: dict[str, Any] = {"lw": 1.2, "zorder": 3}
 def evaluation_figures(evaluation: Evaluation) -> dict[str, Figure]:
     """The figures of the measures that an evaluation has: `splits`, `roc`, `input_attacks`, `relearning`.
 
+    Left out are those of which nothing can be drawn, as where a model has diverged on one of two sets of rows.
+
     Raises:
         ImportError: if matplotlib is not installed.
     """
@@ -40,7 +43,11 @@ def evaluation_figures(evaluation: Evaluation) -> dict[str, Figure]:
         "relearning": draw_relearning,
     }
     figures = [one.figure for one in MEASURES.values() if one.figure and one.name in present]
-    return {name: draws[name](evaluation) for name in figures}
+    found = {}
+    for name in figures:
+        with contextlib.suppress(NothingToDrawError):
+            found[name] = draws[name](evaluation)
+    return found
 
 
 def draw_splits(evaluation: Evaluation) -> Figure:
@@ -95,16 +102,21 @@ def draw_roc(evaluation: Evaluation) -> Figure:
     """
     found = {(one.model, one.rows, one.seed): one for one in evaluation.measurements if one.measure == "membership"}
     members = [one for key, one in found.items() if key[1] == MEMBERS]
-    attacks = list(dict.fromkeys(attack for one in members for attack in one.per_row))
-    if not attacks:
+    curves: dict[str, dict[str, list[tuple[np.ndarray, np.ndarray, float]]]] = {}
+    for one in members:
+        if (other := found.get((one.model, UNSEEN, one.seed))) is None:  # the model diverged on them
+            continue
+        for attack in in_all(one.per_row, other.per_row):
+            both = [np.asarray(each.per_row[attack]) for each in (one, other)]
+            if not np.isnan(np.concatenate(both)).any():
+                curves.setdefault(attack, {}).setdefault(one.model, []).append(_curve(*both))
+    if not curves:
         raise _nothing("membership", evaluation)
-    figure, panels = panels_of(len(attacks), height=3.3)
-    for axes, attack in zip(panels, attacks, strict=True):
+    figure, panels = panels_of(len(curves), height=3.3)
+    for axes, (attack, by_model) in zip(panels, curves.items(), strict=True):
         edges = []
         for model in MODELS:
-            of_model = [one for one in members if one.model == model and attack in one.per_row]
-            for i, one in enumerate(of_model):
-                false, true, edge = _curve(one, found[model, UNSEEN, one.seed], attack)
+            for i, (false, true, edge) in enumerate(by_model.get(model, [])):
                 edges.append(edge)
                 axes.plot(false, true, color=COLORS[model], lw=1.4, label=MODEL_LABELS[model] if i == 0 else None)
         edge = min(edges)
@@ -121,12 +133,11 @@ def draw_roc(evaluation: Evaluation) -> Figure:
     return figure
 
 
-def _curve(members: Measurement, unseen: Measurement, attack: str) -> tuple[np.ndarray, np.ndarray, float]:
+def _curve(members: np.ndarray, unseen: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
     """False and true positives, and half of one row's share, the edge of the figure."""
-    both = [members.per_row[attack], unseen.per_row[attack]]
-    labels = np.repeat([1, 0], [len(some) for some in both])
-    false, true, _ = roc_curve(labels, np.concatenate(both), drop_intermediate=False)
-    edge = 0.5 / max(len(some) for some in both)
+    labels = np.repeat([1, 0], [len(members), len(unseen)])
+    false, true, _ = roc_curve(labels, np.concatenate([members, unseen]), drop_intermediate=False)
+    edge = 0.5 / max(len(members), len(unseen))
     return np.maximum(false, edge), np.maximum(true, edge), edge
 
 
@@ -221,6 +232,10 @@ def _intervals(lines: Callable[..., Any], along: np.ndarray, values: Sequence[Me
         lines([at for at, _ in shown], low, high, color=color, **INTERVAL)
 
 
-def _nothing(measure: str, evaluation: Evaluation) -> ValueError:
+class NothingToDrawError(ValueError):
+    """An evaluation has no values of a figure."""
+
+
+def _nothing(measure: str, evaluation: Evaluation) -> NothingToDrawError:
     present = sorted({one.measure for one in evaluation.measurements})
-    return ValueError(f"the evaluation has nothing to draw of the measure {measure!r}; it has {present}.")
+    return NothingToDrawError(f"the evaluation has nothing to draw of the measure {measure!r}; it has {present}.")
