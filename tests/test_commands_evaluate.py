@@ -123,7 +123,7 @@ def test_a_tokenizer_with_code_of_its_own_runs_it_only_if_that_is_allowed(files,
 
 
 def test_results_report_and_card_are_written_and_conditions_decide(files, tmp_path, capsys, few_resamples):
-    conditions = ["test_forget.accuracy.high < 0", "test_retain.accuracy.low > 1"]
+    conditions = ["test_forget.loss.high < 0.001", "test_retain.loss.low > 1000"]
     values = options_for(files, files["adapter"], tmp_path, base=files["model"], fail_if=conditions)
     assert run(parsed("evaluate", values)) is None
     said = capsys.readouterr().out
@@ -142,9 +142,10 @@ def test_results_report_and_card_are_written_and_conditions_decide(files, tmp_pa
     one = found.metric("utility", "test_forget", "accuracy")
     assert one.value == plain["accuracy"]
     # The same folder is resumed, and now a condition holds.
-    values["fail_if"] = [f"test_forget.accuracy.value >= {one.value}", *conditions]
+    loss = found.metric("utility", "test_forget", "loss").value
+    values["fail_if"] = [f"test_forget.loss.value >= {loss}", *conditions]
     assert run(parsed("evaluate", values)) == 1
-    assert f"failed: test_forget.accuracy.value >= {one.value:g}" in capsys.readouterr().out
+    assert f"failed: test_forget.loss.value >= {loss:g}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("kind", RIVALS)
@@ -195,7 +196,7 @@ def test_evidence_is_written_and_noted_in_the_ledger(files, tmp_path, capsys, fe
     pack, path = tmp_path / "evidence", tmp_path / "ledger.jsonl"
     more = {"base": files["model"], "evidence": pack, "ledger": path, "request": "2026-017"}
     values = options_for(files, files["adapter"], tmp_path / "out", **more)
-    assert run(parsed("evaluate", {**values, "fail_if": ["test_forget.accuracy.value >= 0"]})) == 1  # a failure, too
+    assert run(parsed("evaluate", {**values, "fail_if": ["test_forget.loss.value > 0"]})) == 1  # a failure, too
     assert verify_evidence(pack, path) == []
     assert f"SHA-256 of the whole: {evaluation_digest(pack)}" in capsys.readouterr().out
     state = Ledger(path).states()["2026-017"]
@@ -305,7 +306,7 @@ def test_whole_weights_are_measured_beside_their_base(files, tmp_path, few_resam
         ({"fail_if": ["accuracy"]}, "cannot be read"),
         ({"fail_if": ["kl: test_retain.reverse_kl.high > 1"]}, "of a measure that is not taken"),
         ({"fail_if": ["test_forget.acuracy.high > 1"]}, "no metric 'acuracy'; expected such as accuracy"),
-        ({"fail_if": ["tests_forget.accuracy.high > 1"]}, "of no set of rows; expected one of .*test_forget"),
+        ({"fail_if": ["tests_forget.accuracy.high > 0.5"]}, "of no set of rows; expected one of .*test_forget"),
     ],
 )
 def test_conditions_and_measures_that_are_none_are_errors_before_the_base_is_loaded(files, tmp_path, more, message):
@@ -316,9 +317,9 @@ def test_conditions_and_measures_that_are_none_are_errors_before_the_base_is_loa
 def test_the_whole_program_exits_with_the_condition(files, tmp_path, capsys, few_resamples):
     settings = tmp_path / "c.yaml"
     values = options_for(files, files["model"], str(tmp_path / "out"))
-    settings.write_text(json.dumps({**values, "fail_if": "test_retain.accuracy.value >= 0"}))  # JSON is YAML
+    settings.write_text(json.dumps({**values, "fail_if": "test_retain.loss.value > 0"}))  # JSON is YAML
     assert main(["evaluate", "--config", str(settings)]) == 1
-    assert main(["evaluate", "--config", str(settings), "--fail-if", "test_retain.accuracy.value > 1"]) == 0
+    assert main(["evaluate", "--config", str(settings), "--fail-if", "test_retain.loss.value > 1000"]) == 0
     missing = write_rows(tmp_path / "none.jsonl", [])
     assert main(["evaluate", "--config", str(settings), "--forget", missing]) == 2
     assert "is empty" in capsys.readouterr().err

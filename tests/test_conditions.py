@@ -55,6 +55,11 @@ def test_a_condition_is_read_in_parts_and_written_as_it_was():
         ("test_forget.accuracy.high > much", "ends in no number"),
         ("test_forget.accuracy.high > nan", "expected a finite number"),
         ("test_forget.accuracy.high > 5", "> 5: accuracy is a number from 0 to 1, and 5 % is 0.05"),
+        ("test_forget.accuracy.high > 1", "> 1: accuracy is a number from 0 to 1, and 1 % is 0.01"),
+        ("test_retain.accuracy.low < 0", r"< 0: accuracy is a number from 0 to 1\.$"),
+        ("test_forget.accuracy.high >= 0", r">= 0: accuracy is a number from 0 to 1\.$"),
+        ("test_forget.accuracy.high <= 1", "<= 1: accuracy is a number from 0 to 1"),
+        ("test_forget.loss.high < 0", "< 0: loss is a number from 0 to inf"),
         ("test_retain.accuracy.low < -0.1", r"accuracy is a number from 0 to 1\.$"),
         ("test_forget.accuracy.low > 101", r"accuracy is a number from 0 to 1\.$"),
         ("test_retain.loss.high < -1", "< -1: loss is a number from 0 to inf"),
@@ -107,6 +112,41 @@ def test_values_before_an_attack_and_on_rows_that_it_learned_from_do_not_count(m
     ]
     (one,) = Condition.parse(f"{measure}: train_forget.accuracy.value > 0").met_by(Evaluation({}, found, {}))
     assert (one.attack, one.level) == counted
+
+
+@pytest.mark.parametrize(("name", "level"), [("before", None), ("trained", None), ("mine", 0)])
+def test_attacks_on_the_input_count_by_whatever_name_and_level(name, level):
+    per_row = {"accuracy": [1.0] * 10, "changed": [1.0] * 10}
+    one = measurement("input attack", "test_forget", "unlearned", name, level=level, per_row=per_row)
+    (met,) = Condition.parse("input attack: test_forget.accuracy.value > 0").met_by(Evaluation({}, [one], {}))
+    assert (met.attack, met.level) == (name, level)
+
+
+def test_an_attack_of_one_row_is_compared_by_wilsons_interval_and_does_not_hide_others():
+    def attack(name, **per_row):
+        return measurement("input attack", "test_forget", "unlearned", name, per_row=per_row)
+
+    one_row = attack("one row", accuracy=[0.0] * 10, probability=[0.2] * 10, changed=[1.0] + [0.0] * 9)
+    every = attack("every row", accuracy=[1.0] * 10, probability=[0.9] * 5 + [0.8] * 5, changed=[1.0] * 10)
+    found = Evaluation({}, [one_row, every], {})
+    by_accuracy = Condition.parse("input attack: test_forget.accuracy.high > 0.5").met_by(found)
+    assert [(one.attack, one.num_rows) for one in by_accuracy] == [("every row", 10), ("one row", 1)]
+    assert by_accuracy[1].high == pytest.approx(0.793, abs=1e-3)
+    (met,) = Condition.parse("input attack: test_forget.probability.high > 0.5").met_by(found)
+    assert met.attack == "every row"
+    with pytest.raises(ValueError, match=r"\(one row\) has no high, only the value 0\.2; compare that"):
+        Condition.parse("input attack: test_forget.probability.high > 0.95").met_by(found)
+
+
+def test_a_seed_in_which_an_attack_changes_no_row_does_not_hide_the_others():
+    def seed(changed):
+        per_row = {"accuracy": [1.0] * 10, "changed": changed}
+        return Evaluation({}, [measurement("input attack", "test_forget", "unlearned", "noise", per_row=per_row)], {})
+
+    for seeds in ([0.0, 1.0], [1.0, 0.0]):
+        both = join([seed([1.0 - share] + [share] * 9) if share else seed([0.0] * 10) for share in seeds])
+        (one,) = Condition.parse("input attack: test_forget.accuracy.value > 0").met_by(both)
+        assert (one.num_seeds, one.num_rows, one.note) == (1, 9, "over the 9 of 10 rows that it changes")
 
 
 def test_seeds_whose_attacks_change_other_rows_are_joined(evaluation):

@@ -156,6 +156,25 @@ def test_an_attack_without_anything_to_compare_it_with_is_not_said_not_to_be_mea
     assert "Under a quantized base (4 bit): test forget accuracy 30.0 % [" in both
 
 
+def test_an_attack_on_drawn_rows_is_compared_with_the_same_rows_where_these_were_asked_too():
+    drawn = measurement("quantized", "test_forget", "unlearned", level=4, per_row={"accuracy": [1.0] * 3 + [0.0] * 2})
+    drawn = dataclasses.replace(drawn, num_rows=5)
+    asked = dataclasses.replace(drawn, measure="input attack", attack="none", level=None)
+    asked = dataclasses.replace(asked, per_row={"accuracy": [1.0] + [0.0] * 4})
+    all_rows = utility({"unlearned": {"test_forget": 5}})
+    for others, without in (([], "50.0 % ["), ([asked], "20.0 % [")):
+        text = evaluation_markdown(Evaluation({}, [*all_rows, drawn, *others], {}))
+        assert f" percentage points against {without}" in text
+
+
+@pytest.mark.parametrize(("name", "level"), [("before", None), ("trained", None), ("mine", 0)])
+def test_an_attack_on_the_input_brings_back_by_whatever_name_and_level(name, level):
+    attacked = [one for one in input_attacks() if (one.attack, one.model) == ("none", "unlearned")]
+    own = measurement("input attack", "test_forget", "unlearned", name, level=level, per_row={"accuracy": [1.0] * 10})
+    text = evaluation_markdown(Evaluation({}, [*attacked, own], {}))
+    assert f"Most is brought back by attacks on the input ({name}" in text
+
+
 def test_of_rows_of_which_the_base_knew_none_no_answers_are_counted():
     text = evaluation_markdown(
         Evaluation({}, utility({"unlearned": {"test_forget": 0}, "detached": {"test_forget": 0}}), {})

@@ -78,9 +78,14 @@ class Condition:
             raise ValueError(f"{self}: expected a finite number.")
         least, most = METRICS[self.metric].bounds
         if not least <= self.number <= most:  # the condition would never hold, or always
-            is_percent = METRICS[self.metric].scale == 100 and 0 < self.number <= 100
-            as_share = f", and {self.number:g} % is {self.number / 100:g}" if is_percent else ""
-            raise ValueError(f"{self}: {self.metric} is a number from {least:g} to {most:g}{as_share}.")
+            raise self._out_of_bounds()
+
+    def _out_of_bounds(self) -> ValueError:
+        metric = METRICS[self.metric]
+        is_percent = metric.scale == 100 and 0 < self.number <= 100
+        as_share = f", and {self.number:g} % is {self.number / 100:g}" if is_percent else ""
+        least, most = metric.bounds
+        return ValueError(f"{self}: {self.metric} is a number from {least:g} to {most:g}{as_share}.")
 
     @classmethod
     def parse(cls, text: str) -> Condition:
@@ -91,7 +96,7 @@ class Condition:
                 spaces or hyphens.
 
         Raises:
-            ValueError: if it says none.
+            ValueError: if it says none, or one that never holds or always, as `> 1` of a share.
         """
         found = SHAPE.fullmatch(text)
         if found is None:
@@ -102,7 +107,11 @@ class Condition:
         except ValueError:
             raise ValueError(f"the condition {text!r} ends in no number; expected such as {EXAMPLE}.") from None
         measure = parts["measure"].replace("-", " ") or DEFAULT_MEASURE
-        return cls(**{**parts, "measure": measure}, number=number)
+        condition = cls(**{**parts, "measure": measure}, number=number)
+        least, most = METRICS[condition.metric].bounds
+        if (condition.comparison, number) in ((">", most), ("<=", most), ("<", least), (">=", least)):
+            raise condition._out_of_bounds()
+        return condition
 
     def __str__(self) -> str:
         before = "" if self.measure == DEFAULT_MEASURE else f"{self.measure}: "
@@ -112,10 +121,10 @@ class Condition:
         """The values of an evaluation that meet the condition; none if it is not met.
 
         Raises:
-            ValueError: if the evaluation has no such metric, or one without the end that is asked for, or lacks it
-                for one of several attacks under which the model has diverged, and the others do not meet the
-                condition: what was not measured, or has diverged, is not good. Also if an earlier version of spul
-                measured attacks on the input, which did not note the rows that they change.
+            ValueError: if the evaluation has no such metric, or no value that meets the condition and one without the
+                end that is asked for, or lacks it for an attack under which the model has diverged: what was not
+                measured, or has diverged, is not good. Also if an earlier version of spul measured attacks on the
+                input, which did not note the rows that they change.
         """
         counted = _counted(evaluation, self.measure)
         found = [one for one in counted if (one.rows, one.name) == (self.rows, self.metric)]
@@ -127,19 +136,20 @@ class Condition:
                 f"{self}: the evaluation has no {self.rows}.{self.metric} of {self.measure!r}; it has "
                 f"{', '.join(there) or 'nothing of it'}{why}."
             )
+        if met := [one for one in found if COMPARISONS[self.comparison](getattr(one, self.end), self.number)]:
+            return met
         if unknown := [one for one in found if math.isnan(getattr(one, self.end))]:
             raise ValueError(
                 f"{self}: {_named(unknown[0])} has no {self.end}, only the value {unknown[0].value:g}; compare that."
             )
-        met = [one for one in found if COMPARISONS[self.comparison](getattr(one, self.end), self.number)]
         start = f"{self.measure} {self.rows} unlearned"
         missing = {
             name: why for name, why in evaluation.skipped.items() if name == start or name.startswith(f"{start} ")
         }
-        if missing and not met:
+        if missing:
             name, why = next(iter(missing.items()))
             raise ValueError(f"{self}: {name} has no value ({why}), so it is not known whether the condition holds.")
-        return met
+        return []
 
 
 def failures(evaluation: Evaluation, conditions: Sequence[Condition]) -> list[str]:
@@ -173,16 +183,16 @@ def _counted(evaluation: Evaluation, measure: str) -> list[MetricValue]:
 
 
 def _of_changed_rows(seeds: Sequence[Measurement]) -> list[MetricValue]:
-    """The metrics of an attack on the input over the rows that it changes; none where it changes none."""
-    kept = []
+    """The metrics of an attack on the input over the rows that it changes, of the seeds where it changes some."""
+    kept, of = [], ""
     for one in seeds:
         changed = np.asarray(one.per_row["changed"], dtype=bool)
         if not changed.any():
-            return []
+            continue
         per_row = {name: np.asarray(values)[changed].tolist() for name, values in one.per_row.items()}
         part = digest([one.digest, changed.tolist()])
         kept.append(dataclasses.replace(one, per_row=per_row, num_rows=int(changed.sum()), digest=part))
-    of = " of ".join(f"{number:,}" for number in (kept[0].num_rows, seeds[0].num_rows))
+        of = of or f"{changed.sum():,} of {one.num_rows:,}"
     return [dataclasses.replace(one, note=f"over the {of} rows that it changes") for one in aggregate(kept)]
 
 

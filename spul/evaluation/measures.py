@@ -254,4 +254,6 @@ def key_in_words(key: Key) -> str:
 
 def is_attacked(one: Key | MetricValue) -> bool:
     """Whether a value was taken under its measure's attack: not without or before it, nor on rows it learned from."""
-    return one.attack not in (WITHOUT, "before", "trained") and one.level != 0
+    if one.measure == "soft suffix":
+        return one.attack == "after"
+    return one.level != 0 if one.measure == "relearning" else one.attack != WITHOUT

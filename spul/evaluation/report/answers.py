@@ -178,7 +178,10 @@ def strongest(evaluation: Evaluation, measure: str) -> MetricValue | None:
 
 
 def unattacked(evaluation: Evaluation, attacked: MetricValue) -> MetricValue | None:
-    """The same metric of the unlearned model without the attack, on the same rows where there is one."""
+    """The same metric of the unlearned model without the attack, on the same rows where there is one.
+
+    Of more rows than are attacked, those drawn for the attacks on the input are the same.
+    """
     fields: dict[str, Any] = {
         "measure": attacked.measure,
         "rows": attacked.rows,
@@ -192,8 +195,12 @@ def unattacked(evaluation: Evaluation, attacked: MetricValue) -> MetricValue | N
     }
     if attacked.measure in without:
         return first(evaluation, **fields, **without[attacked.measure])
-    name = "accuracy" if attacked.name == "success" else attacked.name
-    return first(evaluation, **fields | {"measure": "utility", "name": name})
+    fields["name"] = "accuracy" if attacked.name == "success" else attacked.name
+    found = first(evaluation, **fields | {"measure": "utility"})
+    if found is None or found.num_rows == attacked.num_rows:
+        return found
+    drawn = first(evaluation, **fields | {"measure": "input attack"} | without["input attack"])
+    return drawn if drawn is not None and drawn.num_rows == attacked.num_rows else found
 
 
 def _value(one: MetricValue) -> str:
