@@ -307,6 +307,14 @@ def test_whole_weights_are_measured_beside_their_base(files, tmp_path, few_resam
         ({"fail_if": ["kl: test_retain.reverse_kl.high > 1"]}, "of a measure that is not taken"),
         ({"fail_if": ["test_forget.acuracy.high > 1"]}, "no metric 'acuracy'; expected such as accuracy"),
         ({"fail_if": ["tests_forget.accuracy.high > 0.5"]}, "of no set of rows; expected one of .*test_forget"),
+        (
+            {"fail_if": ["input attack: train_forget.accuracy.high > 0.2"], "measures": ["input attack"]},
+            r"of no set of rows; expected one of test_forget, test_retain\.",
+        ),
+        (
+            {"fail_if": ["membership: train_forget.accuracy.high > 0.6"], "measures": ["membership"]},
+            "of a metric that 'membership' has not; expected one of auc, true_positive_rate",
+        ),
     ],
 )
 def test_conditions_and_measures_that_are_none_are_errors_before_the_base_is_loaded(files, tmp_path, more, message):

@@ -79,7 +79,7 @@ def test_what_is_not_given_is_skipped_with_a_reason():
         "detached": "give base=",
         "retrained": "give retrained=",
         "kl": "give base=",
-        "membership": "test_forget holds rows of train_forget; give unseen=",
+        "membership": "5 of 5 rows of test_forget have the prompt of a row of train_forget; give unseen=",
         "neighbors": "give neighbors=",
         "unrelated text": "give unrelated_texts=",
         "questions": "give questions=",
@@ -92,7 +92,22 @@ def test_what_is_not_given_is_skipped_with_a_reason():
     assert found.skipped.keys() == {"detached", "membership by the reference attack"}  # gradients are among ATTACKS
     assert [(one.rows, one.num_rows) for one in found.measurements] == [("train_forget", 11), ("unseen", 4)] * 2
     again = measured(learned(), "membership", unseen=splits["test_forget"])
-    assert again.skipped["membership"].startswith("unseen holds rows of train_forget")
+    assert again.skipped["membership"].startswith("5 of 5 rows of unseen have the prompt of a row of train_forget")
+
+
+def test_free_form_answers_that_both_sets_have_are_counted_and_not_shown():
+    splits = make_splits(
+        train_forget=Dataset.from_list([{"prompt": f"film {c} :", "completion": " good"} for c in "abc"])
+    )
+    answers = [" good", " jane", " good", " doe"]
+    splits["test_forget"] = Dataset.from_list(
+        [{"prompt": f"{one} {i} :", "completion": one} for i, one in enumerate(answers)]
+    )
+    found = measured(make_model("prompt_tuning"), "membership", splits=splits, free_form=True)
+    reason = (
+        "2 of 4 rows of test_forget have the completion of a row of train_forget; give unseen= without any of them"
+    )
+    assert found.skipped["membership"] == reason
 
 
 @pytest.mark.parametrize("where", ["lm_head", "model.norm"])
@@ -170,6 +185,11 @@ def test_seeds_on_the_same_rows_are_joined_over_rows_and_seeds():
             ValueError,
             r"splits lack \['test_forget'\]",
             {"splits": {k: v for k, v in make_splits().items() if k != "test_forget"}},
+        ),
+        (
+            ValueError,
+            r"splits have \['unseen'\] beside .*no model was trained on as unseen=, rows near .* as neighbors=",
+            {"splits": make_splits(unseen=rows("doe", 2))},
         ),
         (TypeError, "test_forget is a list; expected", {"splits": make_splits(test_forget=list(rows("doe", 2)))}),
         (TypeError, "near is a list; expected", {"neighbors": {"near": [{"prompt": "a", "completion": " b"}]}}),

@@ -116,6 +116,9 @@ def test_the_models_are_afterwards_what_they_were(trainable):
 def test_every_metric_and_measure_is_in_its_table(trainable):
     found = case(trainable).found
     assert {one.name for one in found.metrics} <= METRICS.keys()
+    for one in found.metrics:
+        assert one.rows in (MEASURES[one.measure].rows or ["surname"])
+        assert one.name in MEASURES[one.measure].metrics
     asked = trainable in ASKED  # else there are no questions
     assert list(dict.fromkeys(one.measure for one in found.measurements)) == [
         name for name in MEASURES if asked or name != "questions"

@@ -175,8 +175,8 @@ def run(options: EvaluateOptions) -> int | None:
 
 def _conditions(options: EvaluateOptions, measures: list[str]) -> list[Condition]:
     """The conditions, checked before hours of measuring: they and the attacks are of measures that are taken."""
-    from ..data.unlearning_data import SPLITS
-    from ..evaluation.conditions import DEFAULT_MEASURE, INPUT_ATTACK, Condition
+    from ..evaluation.conditions import INPUT_ATTACK, Condition
+    from ..evaluation.measures import MEASURES as TABLE
 
     found = [Condition.parse(text) for text in options.fail_if or ()]
     if options.attacks and INPUT_ATTACK not in measures:
@@ -186,8 +186,14 @@ def _conditions(options: EvaluateOptions, measures: list[str]) -> list[Condition
     for one in found:
         if one.measure not in measures:
             raise ValueError(f"the condition {str(one)!r} is of a measure that is not taken: add it to measures.")
-        if one.measure == DEFAULT_MEASURE and one.rows not in SPLITS:
-            raise ValueError(f"the condition {str(one)!r} is of no set of rows; expected one of {', '.join(SPLITS)}.")
+        sets, metrics = TABLE[one.measure].rows, TABLE[one.measure].metrics
+        if sets and one.rows not in sets:
+            raise ValueError(f"the condition {str(one)!r} is of no set of rows; expected one of {', '.join(sets)}.")
+        if one.metric not in metrics:
+            raise ValueError(
+                f"the condition {str(one)!r} is of a metric that {one.measure!r} has not; expected one of "
+                f"{', '.join(metrics)}."
+            )
     return found
 
 

@@ -94,13 +94,19 @@ def checked_splits(
 
     Raises:
         TypeError: if the splits, or rows, are of another type.
-        ValueError: if a split is missing, a set has no rows, or a column `is_forget` contradicts a split's name.
+        ValueError: if a split is missing or unknown, a set has no rows, or a column `is_forget` contradicts a split's
+            name.
     """
     if not isinstance(splits, (UnlearningData, Mapping)):
         raise TypeError(f"splits is a {type(splits).__name__}; expected UnlearningData, or a dict of {list(SPLITS)}.")
     sets = {name: splits.rows(name) for name in SPLITS} if isinstance(splits, UnlearningData) else dict(splits)
     if missing := [name for name in SPLITS if name not in sets]:
         raise ValueError(f"splits lack {missing}; they have {list(sets)}.")
+    if unknown := [name for name in sets if name not in SPLITS]:
+        raise ValueError(
+            f"splits have {unknown} beside {list(SPLITS)}; give rows that no model was trained on as unseen=, rows "
+            "near the forget rows as neighbors=, and leave out others."
+        )
     sets = {name: sets[name] for name in SPLITS}
     for name, rows in {**sets, **others}.items():
         check_rows(rows, name=name)

@@ -8,9 +8,10 @@ from typing import Literal
 
 from ..data.conversations import comparable
 from ..data.rows import column_values
+from ..data.unlearning_data import SPLITS
 from ..models.unlearner import unlearner_of
 from . import attack_tasks, tasks
-from .aggregation import Key, Measurement, MetricValue, in_words
+from .aggregation import MEMBERS, MEMBERSHIP, Key, Measurement, MetricValue, in_words
 from .attacks.inputs import WITHOUT
 from .attacks.usual import TURN_UNIT
 from .suite import Suite, Task
@@ -35,6 +36,8 @@ class Measure:
         generates: whether it compares generated texts with the true ones, which requires `rouge-score`: `"always"`,
             `"free-form"` (of free-form answers only) or `"never"`.
         by_row: whether it runs rows under prompts of their own; else it is skipped where rows name them.
+        rows: the sets of rows that it has metrics of; empty where the caller names them.
+        metrics: the metrics that it may have.
     """
 
     name: str
@@ -46,6 +49,8 @@ class Measure:
     unit: tuple[str, str] = ("", "")
     generates: Literal["always", "free-form", "never"] = "never"
     by_row: bool = True
+    rows: tuple[str, ...] = ()
+    metrics: tuple[str, ...] = ()
 
 
 def _requires(field: str, what: str) -> Callable[[Suite], str]:
@@ -72,14 +77,15 @@ def _requires_unseen(suite: Suite) -> str:
         return why
     members, unseen = suite.splits["train_forget"], tasks.unseen_rows(suite)
     # Free-form answers are facts: the same fact in other words is not unseen.
-    columns = ["prompt", *(["completion"] if suite.is_free_form else [])]
-    if not any(
-        set(map(comparable, column_values(members, column))) & set(map(comparable, column_values(unseen, column)))
-        for column in columns
-    ):
-        return ""
     name = "test_forget" if suite.unseen is None else "unseen"
-    return f"{name} holds rows of train_forget; give unseen= without any of them"
+    for column in ("prompt", *(["completion"] if suite.is_free_form else [])):
+        seen = set(map(comparable, column_values(members, column)))
+        if num := sum(comparable(value) in seen for value in column_values(unseen, column)):
+            return (
+                f"{num} of {len(unseen)} rows of {name} have the {column} of a row of train_forget; give unseen= "
+                "without any of them"
+            )
+    return ""
 
 
 def _requires_halves(suite: Suite) -> str:
@@ -121,6 +127,13 @@ def _requires_classes(suite: Suite) -> str:
     return "it predicts classes, and the completions are free-form or all the same"
 
 
+TEST_SETS = ("test_forget", "test_retain")  # that are attacked
+ROUGE = ("rouge_l_recall", "rouge_l_f1")
+ANSWERS = (
+    *("accuracy", "f1", "generic", "loss", "flagged", "past_gate", "past_prompt"),
+    *("probability", "extraction_strength", "exact_memorization", *ROUGE),
+)
+
 MEASURES = {
     measure.name: measure
     for measure in (
@@ -134,6 +147,8 @@ MEASURES = {
             tasks.utility,
             figure="splits",
             generates="free-form",
+            rows=SPLITS,
+            metrics=ANSWERS,
         ),
         Measure(
             "kl",
@@ -141,6 +156,8 @@ MEASURES = {
             "KL divergence from the predictions of the base without anything in front, in nats.",
             tasks.kl,
             _requires_base,
+            rows=("train_retain", "test_retain"),
+            metrics=("reverse_kl", "forward_kl"),
         ),
         Measure(
             "membership",
@@ -151,6 +168,8 @@ MEASURES = {
             tasks.membership,
             _requires_unseen,
             figure="roc",
+            rows=(MEMBERS,),
+            metrics=(*(name for name, *_ in MEMBERSHIP), "auc_difference", "priv_leak"),
         ),
         Measure(
             "neighbors",
@@ -159,6 +178,7 @@ MEASURES = {
             tasks.near,
             _requires("neighbors", "sets of retain rows near the forget rows"),
             generates="free-form",
+            metrics=ANSWERS,
         ),
         Measure(
             "unrelated text",
@@ -167,6 +187,8 @@ MEASURES = {
             tasks.unrelated,
             _requires("unrelated_texts", "running text that is unrelated to the task"),
             by_row=False,
+            rows=("unrelated text",),
+            metrics=("perplexity", "tokens"),
         ),
         Measure(
             "questions",
@@ -177,6 +199,12 @@ MEASURES = {
             _requires_questions,
             generates="always",
             by_row=False,
+            rows=("forget", "retain", "real_authors", "world_facts"),
+            metrics=(
+                *("probability", "choice_probability", *ROUGE, "truth_ratio", "truth_ratio_geometric"),
+                *("truth_ratio_on_forget", "truth_ratio_on_retain", "model_utility"),
+                *("forget_quality", "forget_quality_geometric"),
+            ),
         ),
         Measure(
             "input attack",
@@ -187,6 +215,8 @@ MEASURES = {
             figure="input_attacks",
             unit=TURN_UNIT,
             generates="free-form",
+            rows=TEST_SETS,
+            metrics=(*ANSWERS, "tokens_lost", "changed"),
         ),
         Measure(
             "relearning",
@@ -201,6 +231,8 @@ MEASURES = {
             unit=("step", "steps"),
             generates="free-form",
             by_row=False,
+            rows=(MEMBERS,),
+            metrics=(*ANSWERS, "trained_parameters"),
         ),
         Measure(
             "quantized",
@@ -211,15 +243,19 @@ MEASURES = {
             unit=("bit", "bit"),
             generates="free-form",
             by_row=False,
+            rows=TEST_SETS,
+            metrics=ANSWERS,
         ),
         Measure(
             "sampling",
             "Sampled answers",
-            "Success is the share of rows for which at least one of the sampled answers is right; ROUGE-L recall is "
-            "that of the best one.",
+            "Success is the probability that at least one of several sampled answers begins with the true completion; "
+            "ROUGE-L recall, of free-form answers, is that of the best one.",
             attack_tasks.sampling,
             unit=("try", "tries"),
             generates="free-form",
+            rows=("test_forget",),
+            metrics=("success", "rouge_l_recall"),
         ),
         Measure(
             "soft suffix",
@@ -229,6 +265,8 @@ MEASURES = {
             attack_tasks.suffix,
             _requires_embeddings,
             by_row=False,
+            rows=(MEMBERS,),
+            metrics=("accuracy", "loss", "probability"),
         ),
         Measure(
             "linear probe",
@@ -236,6 +274,8 @@ MEASURES = {
             "Accuracy of a linear classifier on the last layer, beside the most frequent class and shuffled labels.",
             attack_tasks.probe,
             _requires_classes,
+            rows=(MEMBERS,),
+            metrics=("accuracy", "majority", "shuffled"),
         ),
     )
 }
