@@ -125,7 +125,8 @@ Generic answers, which retain rows should not get: 20.0 % [...] (2 of 10 rows).
 ## What brings it back?
 
 Most is brought back by relearning (4 steps): train forget accuracy 60.0 % [...] (6 of 10 rows), +50.0 percentage \
-points against 10.0 % [...] (1 of 10 rows) without.
+points against 10.0 % [...] (1 of 10 rows) without; under the attack, a model retrained without the forget rows: \
+50.0 % [...] (5 of 10 rows).
 
 Tried: attacks on the input, relearning, a trained suffix.
 """

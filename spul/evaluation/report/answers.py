@@ -100,10 +100,11 @@ def _most(evaluation: Evaluation, pairs: Sequence[tuple[MetricValue, MetricValue
         if said is not None and said.word == NOT:
             return [f"The rows are not forgotten without an attack; that no attack raised more says nothing. {tried}"]
         return [f"No attack raised what is answered. {tried}", *_lost_on_the_model_itself(evaluation)]
+    retrained = first(evaluation, **_fields(most) | {"model": "retrained"})
     text = (
         f"Most is brought back by {MEASURES[most.measure].title.lower()} ({variant_in_words(most)}): "
         f"{spaced(most.rows)} {metric_of(most.name).label} {_value(most)}, {points(most, plain)} against "
-        f"{_value(plain)} without."
+        f"{_value(plain)} without{_retrained(retrained, 'under the attack, ')}"
     )
     return [text, tried, *_lost_on_the_model_itself(evaluation)]
 
@@ -160,7 +161,7 @@ def _before_and_after(evaluation: Evaluation, rows: str) -> str:
     label = metric_of(after.name).label
     text = f"{spaced(rows).capitalize()} {label}: {_value(after)}"
     text += "" if before is None else f"; before: {_value(before)}"
-    return text + ("." if retrained is None else f"; a model retrained without the forget rows: {_value(retrained)}.")
+    return text + _retrained(retrained)
 
 
 def strongest(evaluation: Evaluation, measure: str) -> MetricValue | None:
@@ -182,12 +183,8 @@ def unattacked(evaluation: Evaluation, attacked: MetricValue) -> MetricValue | N
 
     Of more rows than are attacked, those drawn for the attacks on the input are the same.
     """
-    fields: dict[str, Any] = {
-        "measure": attacked.measure,
-        "rows": attacked.rows,
-        "name": attacked.name,
-        "model": "unlearned",
-    }
+    fields = _fields(attacked)
+    del fields["attack"], fields["level"]
     without: dict[str, dict[str, Any]] = {
         "input attack": {"attack": WITHOUT},
         "relearning": {"level": 0},
@@ -201,6 +198,15 @@ def unattacked(evaluation: Evaluation, attacked: MetricValue) -> MetricValue | N
         return found
     drawn = first(evaluation, **fields | {"measure": "input attack"} | without["input attack"])
     return drawn if drawn is not None and drawn.num_rows == attacked.num_rows else found
+
+
+def _fields(one: MetricValue) -> dict[str, Any]:
+    return {name: getattr(one, name) for name in ("measure", "rows", "name", "model", "attack", "level")}
+
+
+def _retrained(one: MetricValue | None, when: str = "") -> str:
+    """The end of a sentence: what a retrained model answers, the yardstick of what is learned or guessed anew."""
+    return "." if one is None else f"; {when}a model retrained without the forget rows: {_value(one)}."
 
 
 def _value(one: MetricValue) -> str:
