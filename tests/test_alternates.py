@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from encoded import with_template, word_level
 from helpers import build, make_answers, make_dataset, make_tokenizer, make_unlearner
 
 from spul.training import add_alternates
@@ -97,8 +98,15 @@ def test_a_request_has_the_last_message_of_the_user_in_the_chat_template():
 
 def test_a_text_that_holds_a_field_of_the_template_stays_as_it_is():
     row = {"prompt": "a {completion}", "completion": "b {prompt}"}
-    tokenizer = lambda text, **_: {"input_ids": text}  # noqa: E731
-    assert _request(row, "{prompt}: {completion}", tokenizer) == "a {completion}: b {prompt}"
+    tokenizer = word_level("a", "b", "{completion}:", "{prompt}")
+    assert tokenizer.decode(_request(row, "{prompt}: {completion}", tokenizer)) == "a {completion}: b {prompt}"
+
+
+def test_a_request_of_text_is_begun_once_and_not_ended():
+    row = {"prompt": "<s> film", "completion": " good"}
+    for template in ("<s> $A", "$A </s>", "<s> $A </s>"):
+        tokenizer = with_template(word_level("film", "good"), template)
+        assert tokenizer.decode(_request(row, "{prompt} {completion}", tokenizer)) == "<s> film good"
 
 
 def test_what_cannot_be_done_is_refused():

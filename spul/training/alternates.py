@@ -17,6 +17,7 @@ from ..data.checks import check_rows, forget_flags
 from ..data.conversations import content_of, last_user_message
 from ..data.encoded import Encoded
 from ..data.rows import completion_text, normalized, rows_at, shortened, with_column
+from ..data.text_encoder import TextEncoder
 from ..evaluation.metrics.free_form import answering
 from ..models.causal_lm import max_positions
 from ..models.unlearner import detached_base
@@ -120,16 +121,16 @@ def add_alternates(
 def _request(row: Mapping[str, Any], template: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The token ids that ask for another answer to a row."""
     prompt, answer = row["prompt"], completion_text(row["completion"]).strip()
-    is_chat = not isinstance(prompt, str)
     question = prompt if isinstance(prompt, str) else _last_question(prompt)
     fields = {"{prompt}": question.strip(), "{completion}": answer}
     text = re.sub(
         r"\{prompt\}|\{completion\}", lambda found: fields[found[0]], template
     )  # at once: texts may hold both
-    if is_chat:
+    if not isinstance(prompt, str):
         messages = [{"role": "user", "content": text}]
         text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-    return tokenizer(text, add_special_tokens=not is_chat)["input_ids"]
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+    return TextEncoder(tokenizer).whole_ids(text, tokenizer(text)["input_ids"])
 
 
 def _last_question(prompt: Sequence[Mapping[str, Any]]) -> str:
