@@ -259,6 +259,8 @@ def main() -> None:
     args = parse_args()
     args.output_dir.mkdir(parents=True, exist_ok=True)
     tofu, path = Tofu(args), args.output_dir / "tofu.jsonl"
+    for name in ("base", "retrained"):
+        tofu.is_memorized(name)  # refuses those of other settings before anything is measured
     facts = {"seed": args.seed, "steps": args.steps, **tofu.learned_from}
     facts |= {"unseen_retain": args.unseen_retain, "other_questions": args.other_questions}
     done = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []

@@ -3,11 +3,14 @@
 import json
 import sys
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 from chats import TEMPLATES, chatty
 
 from spul.data.formats import REFUSALS
+
+FITTED = "SPUL, prefix with fitted keys"
 
 
 @pytest.fixture
@@ -50,15 +53,31 @@ def test_models_that_learned_other_rows_are_not_taken(tofu, tmp_path):
     made.args.forget_set = "forget05"
     with pytest.raises(ValueError, match=r"forget01.*forget05.*output-dir"):
         made.folder("base")
+    (folder / "memorized.json").write_text('{"epochs": 3}')
+    with pytest.raises(ValueError, match=r"memorized.json has no settings: an earlier version stored it.*output-dir"):
+        made.folder("base")
 
 
-def test_what_was_measured_with_other_options_is_measured_anew(example, monkeypatch, tmp_path):
+@pytest.fixture
+def run(example, tofu, monkeypatch, tmp_path):
+    """A function of options that runs the command and returns what it measures; nothing is trained or loaded."""
     measured = []
 
-    class NoRows:
+    class NoRows(tofu.Tofu):
         def __init__(self, args):
-            names = ("model", "forget_set", "retain_rows", "memorize_lr", "memorize_epochs", "batch_size")
-            self.learned_from = {name: getattr(args, name) for name in names}
+            self.args, self.tokenizer = args, None
+
+        def load(self, name="base"):
+            if not self.is_memorized(name):
+                self.record(name).parent.mkdir()
+                self.record(name).write_text(json.dumps({"learned_from": self.learned_from}))
+
+        def made_in(self, name, settings, make):
+            def instead(folder):
+                folder.mkdir()
+                return {}
+
+            return super().made_in(name, settings, instead)
 
     def scores(tofu, model):
         measured.append(model)
@@ -66,21 +85,37 @@ def test_what_was_measured_with_other_options_is_measured_anew(example, monkeypa
 
     monkeypatch.setattr(example, "Tofu", NoRows)
     monkeypatch.setattr(example, "scores", scores)
-    systems = {name: lambda tofu, name=name: name for name in example.SYSTEMS}
-    monkeypatch.setattr(example, "SYSTEMS", systems)
+    for name in ("SoftPromptUnlearner", "PeftModel", "GatedUnlearner", "load"):
+        monkeypatch.setattr(example, name, MagicMock())
 
     def run(*options):
-        measured.clear()
         files = ["--model", "m", "--data-dir", "d", "--output-dir", str(tmp_path)]
-        names = ["--systems", "base", example.GATED, example.LORA]
+        names = ["--systems", "base", FITTED, example.GATED, example.LORA]
         monkeypatch.setattr(sys, "argv", ["evidence_tofu.py", *files, *names, *options])
+        measured.clear()
         example.main()
-        return [*measured]
+        lines = (tmp_path / "tofu.jsonl").read_text().splitlines()
+        return [json.loads(line)["system"] for line in lines[len(lines) - len(measured) :]]
 
-    everything = ["base", example.GATED, example.LORA]
+    return run
+
+
+def test_what_was_measured_with_other_options_is_measured_anew(example, run):
+    everything = ["base", FITTED, example.GATED, example.LORA]
     assert run() == everything
     assert run() == []
     assert run("--lora-lr", "1e-4") == [example.LORA]
     assert run("--recall", "0.9") == [example.GATED]
-    for option in ("--memorize-lr", "--memorize-epochs", "--other-questions", "--retain-rows", "--batch-size"):
+    for option in ("--other-questions", "--unseen-retain", "--steps"):
         assert run(option, "3") == everything, option
+        assert run(option, "3") == [], option
+    assert run() == []
+
+
+def test_what_was_memorized_with_other_options_is_refused_before_anything_is_measured(run, tmp_path):
+    run()
+    before = (tmp_path / "tofu.jsonl").read_text()
+    for option in ("--memorize-lr", "--memorize-epochs", "--retain-rows", "--batch-size"):
+        with pytest.raises(ValueError, match=r"base-1 was made with .*take another --output-dir"):
+            run("--systems", "vanilla", "base", option, "3")
+    assert (tmp_path / "tofu.jsonl").read_text() == before

@@ -104,16 +104,27 @@ class Tofu:
         names = ("forget_set", "retain_rows", "memorize_lr", "memorize_epochs", "batch_size")
         return {"model": Path(self.args.model).name, **{name: getattr(self.args, name) for name in names}}
 
-    def folder(self, name: str) -> Path:
-        """The base or the retrained model, made if it is missing.
+    def record(self, name: str) -> Path:
+        """The file of the base or of the retrained model that is written last."""
+        return self.args.output_dir / f"{name}-{self.args.seed}" / "memorized.json"
+
+    def is_memorized(self, name: str) -> bool:
+        """Whether the base or the retrained model is there.
 
         Raises:
-            ValueError: if the folder has one that learned otherwise.
+            ValueError: if there is one that learned otherwise.
         """
-        folder = self.args.output_dir / f"{name}-{self.args.seed}"
-        record = folder / "memorized.json"  # written last
-        if is_made(record, self.learned_from, "learned_from"):
-            return folder
+        return is_made(self.record(name), self.learned_from, "learned_from")
+
+    def folder(self, name: str) -> Path:
+        """The folder of the base or the retrained model, made if it is missing.
+
+        Raises:
+            ValueError: as of `is_memorized`.
+        """
+        record = self.record(name)
+        if self.is_memorized(name):
+            return record.parent
         known = Dataset.from_list(list(self.forget) + list(self.learned)) if name == "base" else self.learned
         epochs, stop = self.args.memorize_epochs, Stop(self)
         if name == "retrained":
@@ -137,10 +148,10 @@ class Tofu:
         facts |= {"rows": len(known), "probability": self.known_probability(learning)}
         facts |= {"learned_from": self.learned_from}
         merged = trainer.accelerator.unwrap_model(learning, keep_fp32_wrapper=False).merge_and_unload()
-        merged.save_pretrained(folder)
+        merged.save_pretrained(record.parent)
         write_text(record, json.dumps(facts) + "\n")
         print(name, facts, flush=True)
-        return folder
+        return record.parent
 
     def known_probability(self, model: Any) -> float:
         """Mean probability of the answers of twenty forget and twenty retain rows."""
@@ -151,10 +162,11 @@ class Tofu:
         return AutoModelForCausalLM.from_pretrained(self.folder(name), dtype=torch.float32).eval().to(self.device)
 
     def made_in(self, name: str, settings: dict[str, Any], make: Callable[[Path], dict[str, Any]]) -> Path:
-        """The folder of a trained adapter, made unless it is there."""
-        folder = self.args.output_dir / f"{name}-{self.args.seed}"
+        """The folder of an adapter trained with these settings, made unless it is there."""
         settings = settings | {"steps": self.args.steps, "batch_size": self.args.batch_size}
-        settings |= {"unseen_retain": self.args.unseen_retain, "learned_from": self.learned_from}
+        settings |= {"unseen_retain": self.args.unseen_retain}
+        folder = self.args.output_dir / "-".join(map(str, (name, *settings.values(), self.args.seed)))
+        settings |= {"learned_from": self.learned_from}
         record = folder / "made_with.json"
         if not is_made(record, settings):
             begun = time.perf_counter()

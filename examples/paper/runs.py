@@ -216,11 +216,13 @@ def is_made(record: Path, settings: dict[str, Any], key: str = "settings") -> bo
     """Whether something is stored, by the JSON file that is written last, with these settings at `key`.
 
     Raises:
-        ValueError: if it was made with other settings.
+        ValueError: if it was made with other settings, or by an earlier version, which did not store them.
     """
     if not record.exists():
         return False
-    if (known := json.loads(record.read_text(encoding="utf-8")).get(key)) != settings:
+    if (known := json.loads(record.read_text(encoding="utf-8")).get(key)) is None:
+        raise ValueError(f"{record} has no settings: an earlier version stored it. Take another --output-dir.")
+    if known != settings:
         raise ValueError(f"{record.parent} was made with {known}, not with {settings}; take another --output-dir.")
     return True
 
