@@ -159,6 +159,20 @@ def test_seeds_whose_attacks_change_other_rows_are_joined(evaluation):
     assert (one.value, one.num_seeds) == (0.75, 2)
 
 
+def test_a_metric_that_some_seeds_lack_leaves_conditions_on_others_known():
+    def seed(**more):
+        found = []
+        for attack, scores in (("noise", more), ("capitals", {"past_gate": [0.0] * 10})):
+            per_row = {"accuracy": [0.0] * 10, "changed": [1.0] * 10, **scores}
+            found.append(measurement("input attack", "test_forget", "unlearned", attack, per_row=per_row))
+        return Evaluation({}, found, {})
+
+    both = join([seed(past_gate=[0.0] * 10), seed()])
+    assert Condition.parse("input attack: test_forget.accuracy.value > 0.5").met_by(both) == []
+    with pytest.raises(ValueError, match=r"past_gate of input .* noise has no value \(of 1 of 2 seeds only\)"):
+        Condition.parse("input attack: test_forget.past_gate.value > 0.5").met_by(both)
+
+
 def test_attacks_that_change_no_row_or_noted_no_changes_are_errors_and_not_passed():
     def evaluation(**scores):
         per_row = {"accuracy": [1.0] * 4, **scores}

@@ -166,8 +166,8 @@ def test_scores_that_some_seeds_lack_are_left_out_of_the_joined_and_said():
         found = join(seeds)
         assert {one.attack for one in found.metrics if one.measure == "membership"} == {"loss"}
         assert {one.name for one in found.metrics if one.measure == "relearning"} == {"loss"}
-        names = [f"membership {rows} unlearned, reference" for rows in ("train_forget", "unseen")]
-        names.append("relearning test_forget unlearned, reference")
+        names = [f"reference of membership {rows} unlearned" for rows in ("train_forget", "unseen")]
+        names.append("reference of relearning test_forget unlearned")
         assert found.skipped == dict.fromkeys(names, "of 1 of 2 seeds only")
 
 
@@ -225,6 +225,19 @@ def test_what_is_saved_is_json_and_is_read_again_with_what_is_not_finite(tmp_pat
     assert json.loads(text, parse_constant=refuse)["settings"] == {"lr": 0.1, "names": ["a"]}
     for line in (tmp_path / "new" / MEASUREMENTS_NAME).read_text(encoding="utf-8").splitlines():
         json.loads(line, parse_constant=refuse)
+
+
+@pytest.mark.parametrize("is_joined", [False, True])
+@pytest.mark.parametrize(("inputs", "left"), [(["mine"], {}), (None, {"capitals": "A"})])
+def test_examples_by_functions_of_ones_own_that_an_earlier_version_stored_are_not_loaded(
+    tmp_path, is_joined, inputs, left
+):
+    facts = {"base": "b", "attack_examples": {"capitals": "A", "paraphrase": "a row"}}
+    settings = {"attacks": {"inputs": inputs}}
+    found = Evaluation(settings, [of(per_row={"accuracy": VALUES})], {}, facts=facts)
+    (join([found, found]) if is_joined else found).save(tmp_path)
+    loaded, kept = Evaluation.load(tmp_path).facts, {"base": "b", "attack_examples": left}
+    assert loaded == ({"seeds": [kept, kept]} if is_joined else kept)
 
 
 def test_an_evaluation_that_did_not_end_is_not_loaded(tmp_path):

@@ -130,7 +130,8 @@ class Condition:
         found = [one for one in counted if (one.rows, one.name) == (self.rows, self.metric)]
         if not found:
             there = sorted({f"{one.rows}.{one.name}" for one in counted})
-            reasons = [why for name, why in evaluation.skipped.items() if name.startswith(self.measure)]
+            starts = (self.measure, f"{self.metric} of {self.measure}")
+            reasons = [why for name, why in evaluation.skipped.items() if name.startswith(starts)]
             why = f" ({listed(list(dict.fromkeys(reasons)), SHOWN)})" if reasons else ""
             raise ValueError(
                 f"{self}: the evaluation has no {self.rows}.{self.metric} of {self.measure!r}; it has "
@@ -143,8 +144,11 @@ class Condition:
                 f"{self}: {_named(unknown[0])} has no {self.end}, only the value {unknown[0].value:g}; compare that."
             )
         start = f"{self.measure} {self.rows} unlearned"
+        names = (start, f"{self.metric} of {start}")  # the latter where some of joined seeds lack the metric alone
         missing = {
-            name: why for name, why in evaluation.skipped.items() if name == start or name.startswith(f"{start} ")
+            name: why
+            for name, why in evaluation.skipped.items()
+            if name in names or name.startswith(tuple(f"{one} " for one in names))
         }
         if missing:
             name, why = next(iter(missing.items()))

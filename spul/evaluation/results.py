@@ -124,7 +124,8 @@ class Evaluation:
             for one in record["metrics"]
         ]
         measurements = read_measurements(path / MEASUREMENTS_NAME)
-        return cls(record["settings"], measurements, record["skipped"], metrics, record["facts"])
+        facts = _without_own_examples(record["facts"], record["settings"])
+        return cls(record["settings"], measurements, record["skipped"], metrics, facts)
 
 
 def join(evaluations: Sequence[Evaluation]) -> Evaluation:
@@ -174,9 +175,21 @@ def join(evaluations: Sequence[Evaluation]) -> Evaluation:
         names: list[set[str]] = [{*one.per_row, *one.overall} for one in seeds]
         for name in sorted(names[0].union(*names) - names[0].intersection(*names)):
             num = sum(name in some for some in names)
-            skipped[f"{key_in_words(key)}, {name}"] = f"of {num} of {len(seeds)} seeds only"
+            skipped[f"{name} of {key_in_words(key)}"] = f"of {num} of {len(seeds)} seeds only"
     facts = {"seeds": [evaluation.facts for evaluation in evaluations]}
     return Evaluation(settings, measurements, skipped, facts=facts)
+
+
+def _without_own_examples(facts: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """Facts without examples of attacks by the user's functions, which an earlier version stored, rows and all."""
+    if "seeds" in facts:
+        pairs = zip(facts["seeds"], settings["seeds"], strict=True)
+        return {**facts, "seeds": [_without_own_examples(*pair) for pair in pairs]}
+    if not (examples := facts.get("attack_examples")):
+        return facts
+    has_own = (settings.get("attacks") or {}).get("inputs") is not None
+    kept = {} if has_own else {name: text for name, text in examples.items() if name != "paraphrase"}
+    return {**facts, "attack_examples": kept}
 
 
 def _differing(settings: Sequence[dict[str, Any]]) -> list[str]:
