@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from ..aggregation import MEMBERS, MetricValue
+from ..aggregation import MEMBERS, Key, MetricValue
 from ..attacks.inputs import WITHOUT
 from ..measures import MEASURES, is_attacked, variant_in_words
 from ..metrics.table import metric_of
@@ -181,7 +181,7 @@ def strongest(evaluation: Evaluation, measure: str) -> MetricValue | None:
 def unattacked(evaluation: Evaluation, attacked: MetricValue) -> MetricValue | None:
     """The same metric of the unlearned model without the attack, on the same rows where there is one.
 
-    Of more rows than are attacked, those drawn for the attacks on the input are the same.
+    Of more rows than are attacked, those drawn for the attacks on the input may be the same.
     """
     fields = _fields(attacked)
     del fields["attack"], fields["level"]
@@ -194,10 +194,15 @@ def unattacked(evaluation: Evaluation, attacked: MetricValue) -> MetricValue | N
         return first(evaluation, **fields, **without[attacked.measure])
     fields["name"] = "accuracy" if attacked.name == "success" else attacked.name
     found = first(evaluation, **fields | {"measure": "utility"})
-    if found is None or found.num_rows == attacked.num_rows:
-        return found
     drawn = first(evaluation, **fields | {"measure": "input attack"} | without["input attack"])
-    return drawn if drawn is not None and drawn.num_rows == attacked.num_rows else found
+    same = (one for one in (found, drawn) if one and _digests(evaluation, one) == _digests(evaluation, attacked))
+    return found and next(same, found)
+
+
+def _digests(evaluation: Evaluation, of: MetricValue) -> list[str]:
+    """Digests of the rows that a value is of, one for each seed."""
+    key = Key(of.measure, of.rows, of.model, of.attack, of.level)
+    return [one.digest for one in evaluation.measurements if one.key == key]
 
 
 def _fields(one: MetricValue) -> dict[str, Any]:
