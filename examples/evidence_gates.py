@@ -127,23 +127,29 @@ def table(lines: list[dict[str, Any]], answers: dict[tuple[int, str, str], np.nd
     return "\n".join(rows)
 
 
+def key_of(args: argparse.Namespace, experiment: Experiment, name: str) -> dict[str, Any]:
+    """The fields by which the line of a gate is known."""
+    key = {"gate": name, "seed": experiment.setup.seed, "experiment": experiment.digest, "recall": GATES[name]}
+    return key | {"attacked": args.attacked} | ({"passages": args.passages} if "prose" in name else {})
+
+
 def main() -> None:
     args = parse_args()
     args.output_dir.mkdir(parents=True, exist_ok=True)
     plan, path = Plan.read(args.plan), args.output_dir / "gates.jsonl"
     known, lines = read_runs(path) if path.exists() else [], []
-    for seed in args.seeds or plan.seeds:
+    asked = args.seeds or plan.seeds
+    for seed in dict.fromkeys([*(one["seed"] for one in known), *asked]):  # the table has earlier calls' lines, too
         experiment = plan.experiment(seed, args.model, args.data_dir, args.output_dir / "models")
-        for name in args.gates:
-            key = {"gate": name, "seed": seed, "experiment": experiment.digest, "recall": GATES[name]}
-            key |= {"attacked": args.attacked} | ({"passages": args.passages} if "prose" in name else {})
+        for name in GATES:
+            key = key_of(args, experiment, name)
             line = next((one for one in known if one | key == one), None)
-            if line is None:
+            if line is None and seed in asked and name in args.gates:
                 line = measured(args, experiment, key)
                 print(name, seed, line["report"], sep="\n", flush=True)
                 with path.open("a") as file:
                     file.write(json.dumps(line) + "\n")
-            lines.append(line)
+            lines += [] if line is None else [line]
     text = table(lines, base_answers(args.answers))
     (args.output_dir / "table.md").write_text(text + "\n")
     print(text)
