@@ -193,7 +193,7 @@ class Files:
     def __init__(self, args: argparse.Namespace, plan: Plan) -> None:
         self.folder = args.output_dir
         facts = {"model": Path(args.model).name, "tf32": args.tf32, "rule": plan.rule}
-        facts |= {"attacked": args.attacked} if args.attacked else {}
+        facts |= {"attacked": args.attacked} if args.attacked and args.stage != "choose" else {}
         self.known = [record for name in ("trials", "scores") for record in known_records(self.path(name), facts)]
         one = next((record for record in self.known if "experiment" in record), None)  # all seeds share setup and data
         if one is not None and experiment_of(args, one["seed"]).digest != one["experiment"]:

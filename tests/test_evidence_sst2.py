@@ -150,7 +150,8 @@ def test_lines_that_another_command_measured_are_refused(example, plan, monkeypa
     for name, one in lines.items():
         (tmp_path / f"{name}.jsonl").write_text(json.dumps(one) + "\n")
     assert example.Files(command(**given), plan).known == [*lines.values()]
-    assert example.Files(command(**given | {"attacked": 0}), plan).known  # scores alone are asked for
+    for unattacked in ({"attacked": 0}, {"stage": "choose", "attacked": 200}):
+        assert example.Files(command(**given | unattacked), plan).known
     plan = replace(plan, penalty=change.pop("penalty", plan.penalty))
     with pytest.raises(SystemExit, match=message):
         example.Files(command(**given | change), plan)
