@@ -238,6 +238,33 @@ def test_a_gate_saved_over_another_leaves_no_file_of_it_and_all_others(gates, tm
     assert isinstance(load(tmp_path), NameGate)
 
 
+@pytest.mark.parametrize(("kind", "mine"), [("names", ["0", "1"]), ("any", ["2", "3"])])
+def test_a_gate_saved_beside_others_leaves_them(gates, tmp_path, kind, mine):
+    """Whether it is the first in the folder, or one that replaces a gate there."""
+    for one in mine:
+        gates["text"].save(tmp_path / one)
+    for _ in range(2):
+        gates[kind].save(tmp_path)
+        assert all(isinstance(load(tmp_path / one), TextGate) for one in mine)
+    gates["names"].save(tmp_path)
+    assert all(isinstance(load(tmp_path / one), TextGate) for one in mine)
+
+
+def test_another_gate_saved_where_a_part_of_one_stood_stays(gates, tmp_path):
+    AnyGate([gates["names"], NameGate(["Max Poe"])]).save(tmp_path)
+    gates["text"].save(tmp_path / "1")
+    gates["names"].save(tmp_path)
+    assert not (tmp_path / "0").exists()
+    assert isinstance(load(tmp_path / "1"), TextGate)
+
+
+def test_a_damaged_gate_is_replaced_with_its_arrays(gates, tmp_path):
+    gates["text"].save(tmp_path)
+    (tmp_path / SETTINGS).write_text("{")
+    gates["names"].save(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [SETTINGS]
+
+
 @pytest.mark.parametrize("kind", ["names", "text", "states", "any"])
 def test_a_saved_gate_names_no_local_path(saved, kind, tmp_path):
     folder = saved(kind)

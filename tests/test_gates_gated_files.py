@@ -68,6 +68,9 @@ def test_a_prompt_that_is_only_for_several_gates_now_keeps_no_gate_of_its_own_on
     joint = GatedUnlearner(model.unlearner, model.tokenizer, gates, combined={("default", "other"): "both"})
     joint.save_pretrained(tmp_path)
     assert not (tmp_path / "both" / "gate").exists()
+    NameGate(["Max Poe"]).save(tmp_path / "both" / "gate")
+    joint.save_pretrained(tmp_path)
+    assert (tmp_path / "both" / "gate" / "gate.json").is_file()  # of another than the save before
     loaded = GatedUnlearner.from_pretrained(learned(), tmp_path, make_tokenizer())
     assert loaded.route(["jane and doe"]) == ["both"]
 

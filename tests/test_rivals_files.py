@@ -16,7 +16,7 @@ from small_rivals import GATED, KINDS, rival
 from spul.data.encoder import RowEncoder
 from spul.evaluation.loading import kind_of
 from spul.evaluation.metrics import generate_answers
-from spul.gates import NameGate, TextGate
+from spul.gates import NameGate, TextGate, load
 from spul.rivals import Corruption, EmbeddingCorruption, FixedRefusal, InContextUnlearning, Rival
 from spul.rivals.refusal import write_refusal
 
@@ -55,6 +55,15 @@ def test_a_rival_without_a_gate_leaves_none_of_the_rival_before(tmp_path):
     assert (tmp_path / "gate" / "gate.json").is_file()
     saved(tmp_path, next(kind for kind in KINDS if kind not in GATED))
     assert not (tmp_path / "gate").exists()
+
+
+@pytest.mark.parametrize("is_saved", [True, False])
+def test_a_rival_without_a_gate_leaves_one_that_was_fitted_there(tmp_path, is_saved):
+    if is_saved:
+        saved(tmp_path, "refusal")
+    NameGate(["Max Poe"]).save(tmp_path / "gate")
+    saved(tmp_path, next(kind for kind in KINDS if kind not in GATED))
+    assert load(tmp_path / "gate").identity() == NameGate(["Max Poe"]).identity()
 
 
 def test_a_refusal_is_written_without_its_base_as_it_is_saved_with_it(tmp_path):

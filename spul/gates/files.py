@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from ..data.checks import fault_of_text
-from ..records.fields import is_finite_number
+from ..records.fields import is_finite_number, read_object
 from ..records.files import find_file, write_text
 from ..records.saved import Saved
 from ..records.weights import Shapes, file_digest, read_weights, weight_shapes
@@ -40,29 +39,33 @@ def write_gate(folder: str | os.PathLike, fields: Mapping[str, Any], arrays: Map
     write_text(folder / SETTINGS_NAME, json.dumps(data, ensure_ascii=False, indent=1, allow_nan=False))
 
 
-def remove_gate(folder: str | os.PathLike, but: Collection[Path] = ()) -> None:
-    """Remove a gate's files from a folder, and those of gates within it: they tell what it was for. Other files stay.
+def gate_files(folder: str | os.PathLike, saved_digest: str | None = None) -> list[Path]:
+    """The files of the gate in a folder and of those within it, each gate's `gate.json` after all else of it.
+
+    A folder within is of the gate if its `gate.json` has the digest that was saved; others may be the user's.
 
     Args:
-        folder: the folder; nothing is done where it is none.
-        but: files that stay, by their paths in the folder.
+        folder: the folder.
+        saved_digest: SHA-256 that its `gate.json` must have; None takes any.
     """
+    path = Path(folder, SETTINGS_NAME)
+    if not path.is_file() or (saved_digest is not None and file_digest(path) != saved_digest):
+        return []
+    try:
+        within = read_object(path).get("gates_sha256")
+    except ValueError:  # damaged: it names no others
+        within = None
+    digests = within if isinstance(within, list) else []
+    found = [file for i, one in enumerate(digests) for file in gate_files(Path(folder, str(i)), str(one))]
+    return [*found, Path(folder, ARRAYS_NAME), path]
 
-    def remove(inner: Path) -> None:
-        within = []
-        for i in count():
-            if not (inner / str(i) / SETTINGS_NAME).is_file():
-                break
-            within.append(inner / str(i))
-        for one in reversed(within):  # the last first: if this is interrupted, the next save finds those that are left
-            remove(one)
-        for name in (ARRAYS_NAME, SETTINGS_NAME):
-            if (path := inner / name).relative_to(folder) not in but:
-                path.unlink(missing_ok=True)
-        with suppress(OSError):  # not empty, or not there
-            inner.rmdir()
 
-    remove(Path(folder))
+def remove_files(files: Iterable[Path]) -> None:
+    """Remove files, in their order, and the folders that this leaves empty."""
+    for path in files:
+        path.unlink(missing_ok=True)
+        with suppress(OSError):  # not empty
+            path.parent.rmdir()
 
 
 class SavedGate(Saved):

@@ -11,6 +11,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -22,7 +23,7 @@ from ..data.encoder import RowEncoder
 from ..data.rows import read_rows
 from ..records.digests import digest
 from ..records.files import atomic_folder
-from .files import remove_gate, write_gate
+from .files import gate_files, remove_files, write_gate
 from .thresholds import GateReport, report_of
 
 logger = logging.getLogger(__name__)
@@ -183,8 +184,9 @@ class Gate:
         """
         with atomic_folder(folder) as scratch:
             self.write(scratch)
-            written = {path.relative_to(scratch) for path in scratch.rglob("*")}
-        remove_gate(folder, but=written)
+            written = {Path(folder, path.relative_to(scratch)) for path in scratch.rglob("*")}
+            # While the gate before tells which are its own; the files tell what it was for.
+            remove_files(path for path in gate_files(folder) if path not in written)
 
     def write(self, folder: str | os.PathLike) -> None:
         """Write the files of `save` to an existing folder, in place."""

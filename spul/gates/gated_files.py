@@ -23,7 +23,7 @@ from ..records.ledger_events import GATE_FOLDER
 from ..records.spul_config import SPUL_CONFIG_NAME
 from ..records.weights import file_digest
 from .any_gate import load
-from .files import SETTINGS_NAME, is_texts, remove_gate
+from .files import SETTINGS_NAME, gate_files, is_texts, remove_files
 from .gate import Gate, as_gate
 
 if TYPE_CHECKING:
@@ -57,14 +57,15 @@ def write_gated(gated: GatedUnlearner, save_directory: str | os.PathLike, **kwar
     if "selected_adapters" in kwargs:
         raise TypeError("prompts behind gates are saved together; leave out selected_adapters.")
     folders = {name: Path(save_directory, prompt_folder(name)) for name in gated.unlearner.peft_config}
-    before = _prompts_in(Path(save_directory)) if kwargs.get("is_main_process", True) else []
+    before = _saved_in(Path(save_directory)) if kwargs.get("is_main_process", True) else {}
     gated.unlearner.save_pretrained(str(save_directory), **kwargs)
     if not kwargs.get("is_main_process", True):
         return
     for name in set(before) - set(folders):
         _remove_prompt(Path(save_directory, prompt_folder(name)))
     for name in set(folders) - set(gated.gates):  # a combined prompt that had a gate of its own
-        remove_gate(folders[name] / GATE_FOLDER)
+        if saved_digest := before.get(name, {}).get("gate"):
+            remove_files(gate_files(folders[name] / GATE_FOLDER, saved_digest))
     for name, gate in gated.gates.items():
         gate.save(folders[name] / GATE_FOLDER)
         write_gate_section(folders[name], gate.kind, gate.report)
@@ -161,10 +162,11 @@ def _digests(folder: str | os.PathLike, name: str, has_gate: bool, **hub: Any) -
     return {what: None if path is None else file_digest(path) for what, path in paths.items()}
 
 
-def _prompts_in(folder: Path) -> list[str]:
-    """The prompts that an earlier save wrote to a folder."""
+def _saved_in(folder: Path) -> dict[str, dict[str, str | None]]:
+    """The prompts that an earlier save wrote to a folder, each with its digests."""
     path = folder / ROUTING_NAME
-    return _read_routing(path)["prompts"] if path.is_file() else []
+    routing = _read_routing(path) if path.is_file() else {"prompts": [], "sha256": {}}
+    return {name: routing["sha256"].get(name) or {} for name in routing["prompts"]}
 
 
 def _remove_prompt(folder: Path) -> None:

@@ -11,11 +11,11 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from ..gates.files import SETTINGS_NAME as GATE_NAME
-from ..gates.files import remove_gate
+from ..gates.files import gate_files, remove_files
 from ..gates.gate import Gate
 from ..gates.gated_files import GATE_FOLDER, ROUTING_NAME, gate_of
 from ..prompts.checkpoint import CONFIG_NAME as ADAPTER_NAME
-from ..records.fields import Checks, is_sha256
+from ..records.fields import Checks, is_sha256, read_object
 from ..records.files import check_can_hold, find_file, write_text
 from ..records.saved import Saved
 from ..records.weights import file_digest
@@ -45,13 +45,22 @@ def write_rival(folder: str | os.PathLike, kind: str, fields: Mapping[str, Any],
     data: dict[str, Any] = {"format_version": FORMAT_VERSION, "kind": kind, **fields}
     json.dumps(data, allow_nan=False)  # raises before the gate is written
     if gate is None:
-        remove_gate(folder / GATE_FOLDER)
+        remove_files(_gate_files_of_before(folder))
     else:
         gate.check_savable()
         gate.save(folder / GATE_FOLDER)
         data[GATE_DIGEST] = file_digest(folder / GATE_FOLDER / GATE_NAME)
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / RIVAL_NAME, json.dumps(data, ensure_ascii=False, indent=1, allow_nan=False) + "\n")
+
+
+def _gate_files_of_before(folder: Path) -> list[Path]:
+    """The files of the gate that the rival saved in a folder names; a gate that another put there is none."""
+    try:
+        saved_digest = read_object(folder / RIVAL_NAME).get(GATE_DIGEST)
+    except (OSError, ValueError):  # no rival, or a damaged one
+        return []
+    return gate_files(folder / GATE_FOLDER, saved_digest) if isinstance(saved_digest, str) else []
 
 
 class SavedRival(Saved):
