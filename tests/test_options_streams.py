@@ -157,6 +157,16 @@ def test_a_stream_of_one_side_is_warned_of_once_after_a_pass(tmp_path, caplog, f
     assert caplog.text.count("nothing is") == 1
 
 
+def test_rows_that_wait_for_the_next_pass_are_of_the_side_that_they_are(tmp_path, caplog):
+    """In order, five batches a pass, four a step: the only retain rows are in the last."""
+    ordered = make_dataset(16, 4).sort("is_forget", reverse=True)
+    settings = {"reference": "live", "train_sampling_strategy": "sequential", "max_steps": 2}
+    settings |= {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4}
+    make_trainer(tmp_path, dataset=stream(ordered), **settings).train()
+    assert "nothing is" not in caplog.text
+    assert "is_forget" not in caplog.text
+
+
 class Guard(TrainerCallback):
     """Ends a training that begins pass after pass."""
 

@@ -231,7 +231,11 @@ class SteppingTrainer(EvaluatingTrainer):
         if self._passes_checked or self._rows_read is None or not is_stream(self._rows):
             return
         self._passes_checked = True
-        num_forget, num_retain = map(round, self._rows_read.tolist())
+        read = self._rows_read
+        # With the batches that wait for the next pass; in every process, also one without any.
+        waiting = step_counts(self._left).to(read.device) if self._left else torch.zeros_like(read)
+        read = read + (self.accelerator.reduce(waiting) if self.accelerator.num_processes > 1 else waiting)
+        num_forget, num_retain = map(round, read.tolist())
         if self.is_world_process_zero():
             warn_of_one_side(num_forget, num_retain, self._loss)
 
