@@ -197,8 +197,16 @@ def test_a_forget_question_in_a_long_text_is_found(model):
     assert windowless.scores([long])[0] <= windowed.scores([long])[0]
 
 
-@pytest.mark.parametrize("disguise", [lambda text: text.replace("a", "a\u200b"), lambda text: text.translate(WIDE)])
-def test_invisible_and_full_width_characters_hide_no_forget_text(gate, disguise):
+@pytest.mark.parametrize(
+    "disguise",
+    [
+        lambda text: text.replace("a", "a\u200b"),
+        lambda text: text.replace("a", "a\u3164"),  # a Hangul filler
+        lambda text: text.translate(WIDE),
+        lambda text: text.translate({ord("a"): "\u1d00", ord("e"): "\u1d07"}),  # small capitals
+    ],
+)
+def test_invisible_full_width_and_styled_characters_hide_no_forget_text(gate, disguise):
     texts = forget_texts(5, seed=3)
     plain, found = gate.scores(texts), gate.scores([disguise(text) for text in texts])
     assert (found >= plain - 1e-4).all()

@@ -39,8 +39,18 @@ def test_a_text_is_scored_by_the_windows_of_each_size_once_and_without_its_disgu
     assert passages("it is J-a-n-e", 200, 100) == ["it is J-a-n-e", "it is Jane"]
 
 
-@pytest.mark.parametrize("text", ["it is J\u200ban\u2060e", "it is \uff2a\uff41\uff4e\uff45", "it is \U0001d409ane"])
-def test_what_reads_by_character_also_reads_invisible_and_full_width_ones_undone(text):
+@pytest.mark.parametrize(
+    "text",
+    [
+        "it is J\u200ban\u2060e",
+        "it is \uff2a\uff41\uff4e\uff45",
+        "it is \U0001d409ane",
+        "it is J\u3164an\u115fe",  # Hangul fillers
+        "it is J\u1d00\u0274\u1d07",  # small capitals
+        "it is J\U0001f150\U0001f17d\U0001f154",  # black circles, a black square
+    ],
+)
+def test_what_reads_by_character_also_reads_invisible_full_width_and_styled_ones_undone(text):
     assert passages(text, 200) == [text]
     assert passages(text, 200, by_character=True) == [text, "it is Jane"]
     for other in ("so-so\u2122 \ufb01lm, 2\u00b2, caf\u00e9 \uff11", "it is jane"):

@@ -92,17 +92,17 @@ def readable(text: str) -> str:
         text = html.unescape(NO_NUMBER.sub("&#", text))
     if "\n" in text:
         text = AT_LINE_END.sub("", text)
-    return text if text.isascii() else text.translate(styled()).translate(FILLERS)
+    return text if text.isascii() else _without_styles(text)
 
 
 def in_plain_letters(text: str) -> str:
-    """A text without invisible characters (class Cf), and with letters such as full-width ones as the ASCII ones.
+    """A text without invisible characters, and with letters such as full-width and styled ones as the ASCII ones.
 
     For what reads characters as they are: `compatible` changes signs and letter case as well.
     """
     if text.isascii():
         return text
-    return "".join(map(_plain_letter, text))
+    return "".join(map(_plain_letter, _without_styles(text)))
 
 
 def undisguised(text: str) -> str:
@@ -144,6 +144,11 @@ def without_disguises(text: str) -> tuple[str, list[str]]:
     for pattern in APART:
         read = pattern.sub(join, read)
     return (text if read == plain else read), words
+
+
+def _without_styles(text: str) -> str:
+    """A text with small capitals and letters in black circles and squares as plain ones, without Hangul fillers."""
+    return text.translate(styled()).translate(FILLERS)
 
 
 def _visible(text: str) -> str:
