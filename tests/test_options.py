@@ -24,7 +24,7 @@ from helpers import (
 )
 from small_trainings import logged, trained
 from torch._dynamo.utils import counters
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from spul import SoftPromptUnlearner, UnlearningLoss, UnlearningTrainer
 from spul.training.options import AS_IN_TRAINER, BATCH_ENTRIES, HONORED, REFUSED
@@ -239,6 +239,35 @@ def test_what_is_trained_and_saved_are_the_weights_that_the_optimizer_evaluates(
     saved = SoftPromptUnlearner.from_pretrained(build("llama"), tmp_path / "checkpoint-1", is_trainable=True)
     assert_same(before, prompt_state(saved), rtol=0, atol=1e-6)
     assert trainer.state.global_step == 2  # the first save did not end it
+
+
+class SavesBeforeSteps(TrainerCallback):
+    """Saves between the gradients of a step and the step, as `enable_jit_checkpoint` does."""
+
+    trainer: UnlearningTrainer
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self.trainer._save_checkpoint(self.trainer.model, trial=None)
+
+
+def test_a_step_trains_the_weights_of_its_gradients_also_after_a_save_between_them(tmp_path):
+    class Steps(TwoWeights):
+        def step(self, *args, **kwargs):
+            assert self.is_training
+            return super().step(*args, **kwargs)
+
+    model = make_unlearner()
+    before = prompt_state(model)
+    optimizer = Steps([p for p in model.parameters() if p.requires_grad], lr=0.0)
+    saves = SavesBeforeSteps()
+    given = {"callbacks": [saves], "optimizers": (optimizer, None)}
+    saves.trainer = UnlearningTrainer(
+        model, arguments(tmp_path, max_steps=2), make_collator(), make_dataset(), **given
+    )
+    saves.trainer.train()
+    assert saves.trainer.state.global_step == 2
+    saved = SoftPromptUnlearner.from_pretrained(build("llama"), tmp_path / "checkpoint-1", is_trainable=True)
+    assert_same(before, prompt_state(saved), rtol=0, atol=1e-6)
 
 
 def made_state(trainer):

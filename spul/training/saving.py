@@ -15,7 +15,7 @@ from .steps import SteppingTrainer
 class SavingTrainer(SteppingTrainer):
     """A `Trainer` whose checkpoints hold whatever trains, and the identity of the training."""
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self, batch_size: int | None = None) -> dict[str, Any]:
         """All that the rows of every step and their loss depend on."""
         raise NotImplementedError
 
@@ -36,9 +36,11 @@ class SavingTrainer(SteppingTrainer):
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, ExportableState):
                 states.setdefault(type(callback).__name__, {})  # Trainer fails at one that the checkpoint did not have
-        self._evaluated_weights()  # as those that are scored; the next step goes on with the trained ones
+        self._evaluated_weights()  # as those that are scored
         with saving_into(self.args.output_dir or "."):
             super()._save_checkpoint(*args, **kwargs)
+        if self.is_in_train and callable(trained := getattr(self.optimizer, "train", None)):
+            trained()  # a callback may have it save between the gradients of a step and the step itself
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         # Trainer uploads the output folder with PEFT's two files alone, and those of a prompt named "default".
