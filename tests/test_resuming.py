@@ -367,19 +367,58 @@ def test_rows_dropped_at_the_end_and_lengths_to_group_by_are_noticed(tmp_path):
     make(tmp_path, same, max_steps=2, **grouped).train(resume_from_checkpoint=True)
 
 
-def test_a_checkpoint_that_notes_less_as_one_of_an_earlier_version_resumes(tmp_path):
-    make(tmp_path).train()
-    path = tmp_path / "checkpoint-1" / "trainer_state.json"
+def noted_by_an_earlier_version(folder, change=lambda saved: None):
+    """Make the checkpoint in a folder note what it did before dropped rows and lengths were noted."""
+    path = folder / "checkpoint-1" / "trainer_state.json"
     state = json.loads(path.read_text())
     saved = state["stateful_callbacks"][IDENTITY]
     del saved["dataloader_drop_last"], saved["lengths"]
-    saved["rows_of_a_step"] *= 2  # as asked for, where half fitted into memory
+    change(saved)
     path.write_text(json.dumps(state))
+
+
+def test_a_checkpoint_that_notes_less_as_one_of_an_earlier_version_resumes(tmp_path):
+    make(tmp_path).train()
+    noted_by_an_earlier_version(tmp_path)
     with pytest.raises(ValueError, match=r"settings: loss\.alpha: 1\.0 saved, 0\.25 passed\. Resume"):
         make(tmp_path, loss=UnlearningLoss(alpha=0.25), max_steps=2).train(resume_from_checkpoint=True)
+    with pytest.raises(ValueError, match=r"settings: rows_of_a_step: 8 saved, 4 passed\. Resume"):
+        make(tmp_path, per_device_train_batch_size=4, max_steps=2).train(resume_from_checkpoint=True)
     again = make(tmp_path, max_steps=2, dataloader_drop_last=True)
     again.train(resume_from_checkpoint=True)
     assert again.state.global_step == 2
+
+
+def test_the_rows_of_a_step_that_an_earlier_version_asked_for_are_not_compared_with_those_found(tmp_path):
+    make(tmp_path, per_device_train_batch_size=4).train()
+    noted_by_an_earlier_version(tmp_path, lambda saved: saved.update(rows_of_a_step=8))  # half fitted into memory
+    again = make(tmp_path, max_steps=2, auto_find_batch_size=True)
+    again.train(resume_from_checkpoint=True)
+    assert (again.state.global_step, again._train_batch_size) == (2, 4)
+
+
+def test_rows_tokenized_ahead_by_an_earlier_version_which_noted_no_rewritten_ones_resume(tmp_path):
+    collator = make_collator(max_length=200)
+    tokenized = with_rewritten(rows("jane", 11), rows("film", 21)).map(collator.tokenize)
+    make(tmp_path, tokenized, collator=collator).train()
+    with pytest.raises(ValueError, match=r"rows\.rewritten: .* saved, none passed"):
+        make(tmp_path, tokenized.remove_columns("rewritten_by"), collator=collator).train(resume_from_checkpoint=True)
+    noted_by_an_earlier_version(tmp_path, lambda saved: saved["rows"].update(rewritten=None))
+    others = tokenized.select(range(len(tokenized) - 1, -1, -1))
+    with pytest.raises(ValueError, match=r"settings: rows\.values: \w{12} saved, \w{12} passed\. Resume"):
+        make(tmp_path, others, collator=collator).train(resume_from_checkpoint=True)
+    again = make(tmp_path, tokenized, collator=collator, max_steps=2)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 2
+
+
+def test_the_batch_size_of_a_checkpoint_that_is_refused_is_not_taken(tmp_path):
+    make(tmp_path, per_device_train_batch_size=4).train()
+    again = make(tmp_path, loss=UnlearningLoss(alpha=0.25), auto_find_batch_size=True)
+    with pytest.raises(ValueError, match=r"settings: loss\.alpha: 1\.0 saved, 0\.25 passed\. Resume"):
+        again.train(resume_from_checkpoint=True)
+    again.train()
+    assert again.state.train_batch_size == 8
 
 
 def test_a_callback_that_the_checkpoint_did_not_have_is_saved_with_the_next(tmp_path):

@@ -134,7 +134,7 @@ def identity_of(
     return json.loads(json.dumps(found, default=plain))
 
 
-def check_resumes(checkpoint: str | os.PathLike, identity: Mapping[str, Any]) -> None:
+def check_resumes(checkpoint: str | os.PathLike, identity: Mapping[str, Any], finds_batch_size: bool) -> None:
     """Check that a training goes on from its checkpoint, with its rows and loss; warn of one that has no note of them.
 
     `Trainer` would begin the optimizer and the schedule anew where their states are missing, in silence.
@@ -142,6 +142,7 @@ def check_resumes(checkpoint: str | os.PathLike, identity: Mapping[str, Any]) ->
     Args:
         checkpoint: folder.
         identity: of the training that resumes, `identity_of`.
+        finds_batch_size: whether it has `auto_find_batch_size`.
 
     Raises:
         ValueError: if the checkpoint is incomplete, or they differ, with what was saved and what was passed.
@@ -162,8 +163,12 @@ def check_resumes(checkpoint: str | os.PathLike, identity: Mapping[str, Any]) ->
     before, now = dict(_entries(saved)), dict(_entries(identity))
     names = [name for name in before | now if before.get(name) != now.get(name)]
     names = [name for name in names if name.split(".")[0] in saved]  # earlier versions noted less
-    if DROPS_LAST not in saved:  # and of the rows of a step those that were asked for, which may have been too many
-        names = [name for name in names if name != "rows_of_a_step"]
+    if DROPS_LAST not in saved:
+        # Nor which rows were rewritten, where they were tokenized ahead: the digest of the rows compares those. And of
+        # the rows of a step those that were asked for, which may have been too many.
+        unknown = ["rows.rewritten"] if "rows.rewritten" not in before else []
+        unknown += ["rows_of_a_step"] if finds_batch_size else []
+        names = [name for name in names if name not in unknown]
     if None in (before.get("base"), now.get("base")):  # not known on one side
         names = [name for name in names if name != "base"]
     digests = [f"rows.{OLD_CONTENT}", f"rows.{CONTENT}"]

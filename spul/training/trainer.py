@@ -277,10 +277,10 @@ class UnlearningTrainer(SavingTrainer):
             self._take(self._learner)
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir or ".")
-        if resume_from_checkpoint and self.args.auto_find_batch_size:  # as Trainer does, later
-            self._train_batch_size = saved_batch_size(resume_from_checkpoint) or self._train_batch_size
         if resume_from_checkpoint and self._rows is not None:  # before a reference is computed for hours
-            check_resumes(resume_from_checkpoint, self.identity())
+            finds = self.args.auto_find_batch_size  # and goes on with the size that was found
+            identity = self.identity(saved_batch_size(resume_from_checkpoint) if finds else None)
+            check_resumes(resume_from_checkpoint, identity, finds)
         try:
             output = super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
@@ -288,8 +288,13 @@ class UnlearningTrainer(SavingTrainer):
         self._evaluated_weights()
         return output
 
-    def identity(self) -> dict[str, Any]:
-        """All that the rows of every step and their loss depend on, by which a training resumes or is refused."""
+    def identity(self, batch_size: int | None = None) -> dict[str, Any]:
+        """All that the rows of every step and their loss depend on, by which a training resumes or is refused.
+
+        Args:
+            batch_size: of each process; None takes the one that it trains with.
+        """
+        rows_of_a_batch = (batch_size or self._train_batch_size) * self.accelerator.num_processes
         is_compared = self._loss.needs_reference or not self.unlearner.trains_base
         return identity_of(
             self._facts.identity,
@@ -298,7 +303,7 @@ class UnlearningTrainer(SavingTrainer):
             self.multiplier,
             self._collator,
             self.args,
-            self._train_batch_size * self.args.gradient_accumulation_steps * self.accelerator.num_processes,
+            rows_of_a_batch * self.args.gradient_accumulation_steps,
             self._facts.lengths(self.args),
             self._forget_fraction,
             self._alternate,
