@@ -291,19 +291,38 @@ def test_a_checkpoint_of_before_held_out_rows_were_noted_resumes(tmp_path, monke
     assert [score.step for score in stop.scores] == [1, 2]
 
 
-def test_memory_that_runs_out_in_scoring_does_not_begin_training_again_with_fewer_rows(tmp_path, monkeypatch):
-    trainer = watched(monkeypatch, tmp_path, {1: (60, 90)})[0]
-    trainer.args.auto_find_batch_size = True
+class Scores(TrainerCallback):
+    """Asks for scores or logits in training, as a callback of the user's may."""
+
+    def __init__(self, ask):
+        self.ask = ask
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.ask()
+
+
+@pytest.mark.parametrize("asks", ["score", "evaluate", "predict", "StopWhenForgotten", "eval_strategy"])
+def test_memory_that_runs_out_in_scoring_does_not_begin_training_again_with_fewer_rows(tmp_path, monkeypatch, asks):
     begun = []
 
-    def score(rows, name):
-        begun.append(name)
+    def runs_out(*args, **kwargs):
+        begun.append(True)
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(trainer, "score", score)
+    of_trainer = {"eval_strategy": "steps", "eval_steps": 1} if asks == "eval_strategy" else {}
+    some = rows("jane", 3)
+    trainer = make_trainer(tmp_path, max_steps=1, auto_find_batch_size=True, eval_dataset=some, **of_trainer)
+    calls = {"score": lambda: trainer.score(some, "rows"), "evaluate": trainer.evaluate}
+    calls["predict"] = lambda: trainer.predict(some)
+    if asks in calls:
+        trainer.add_callback(Scores(calls[asks]))
+    elif asks == "StopWhenForgotten":
+        trainer.add_callback(StopWhenForgotten(trainer, *held_out()))
+    for name in ("collect_answers", "predict_rows"):
+        monkeypatch.setattr(f"spul.training.evaluation.{name}", runs_out)
     with pytest.raises(RuntimeError, match="per_device_eval_batch_size=8; lower it"):
         trainer.train()
-    assert begun == ["held-out forget"]
+    assert begun == [True]
 
 
 def test_a_whole_model_resumed_without_its_bases_score_is_refused(tmp_path):

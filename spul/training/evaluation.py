@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 
 from ..data.collator import ForgetRetainCollator
 from ..evaluation.metrics.scoring import Answers, collect_answers, summarize
@@ -109,6 +110,7 @@ class EvaluatingTrainer(ShardingTrainer):
             name: label of the progress bar.
 
         Raises:
+            RuntimeError: if memory runs out in a training with `auto_find_batch_size`, which cannot help.
             ValueError: if there are no rows.
             TypeError: if they are not a data set.
         """
@@ -116,7 +118,7 @@ class EvaluatingTrainer(ShardingTrainer):
         self._evaluated_weights()
         rank, world = self.shares
         progress = name if self.is_world_process_zero() and not self.args.disable_tqdm else None
-        with self.accelerator.autocast():
+        with self.accelerator.autocast(), self._memory_of_evaluation():
             # The plain model, not DDP's: every process has rows of its own, and their numbers may differ.
             some = range(rank, len(rows), world)
             found = collect_answers(self._learner, rows, self._collator, self.args.eval_batch_size, some, progress)
@@ -146,17 +148,35 @@ class EvaluatingTrainer(ShardingTrainer):
 
     def _predict(self, rows: Any, keep: bool) -> tuple[dict[str, Any], dict[str, Any]]:
         self._evaluated_weights()
-        return predict_rows(
-            self._learner,
-            rows,
-            self._collator,
-            self.args,
-            self.accelerator,
-            self.shares,
-            self.compute_metrics,
-            self.preprocess_logits_for_metrics,
-            keep,
-        )
+        with self._memory_of_evaluation():
+            return predict_rows(
+                self._learner,
+                rows,
+                self._collator,
+                self.args,
+                self.accelerator,
+                self.shares,
+                self.compute_metrics,
+                self.preprocess_logits_for_metrics,
+                keep,
+            )
+
+    @contextmanager
+    def _memory_of_evaluation(self) -> Iterator[None]:
+        """Name the option to lower where memory runs out within a training that begins again with fewer rows then.
+
+        `Trainer` does so where it evaluates itself, not where a callback asks for scores.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            if self.is_in_train and self.args.auto_find_batch_size and should_reduce_batch_size(error):
+                raise RuntimeError(
+                    "rows that are scored in training do not fit into memory in batches of per_device_eval_batch_size="
+                    f"{self.args.per_device_eval_batch_size}; lower it. auto_find_batch_size lowers that of training "
+                    "alone."
+                ) from error
+            raise
 
     def _score(self, rows: Any, prefix: str) -> dict[str, float]:
         start = time.time()

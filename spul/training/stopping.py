@@ -6,7 +6,6 @@ import logging
 import os
 from typing import Any, NamedTuple
 
-from accelerate.utils.memory import should_reduce_batch_size
 from transformers import TrainerCallback
 
 from ..data.collator import ROW_COLUMNS
@@ -261,24 +260,9 @@ class StopWhenForgotten(TrainerCallback):
         state.best_model_checkpoint = folder
 
     def _scored(self, step: int) -> HeldOutScore:
-        """The scores of the model as it is.
-
-        Raises:
-            RuntimeError: if memory runs out under `auto_find_batch_size`, by which Trainer would begin again with
-                fewer training rows, as in its own evaluation.
-        """
-        try:
-            forget = self.trainer.score(self.forget, "held-out forget")
-            retain = self.trainer.score(self.retain, "held-out retain")
-        except RuntimeError as error:
-            args = self.trainer.args
-            if args.auto_find_batch_size and should_reduce_batch_size(error):
-                raise RuntimeError(
-                    "the held-out rows of StopWhenForgotten do not fit into memory in batches of "
-                    f"per_device_eval_batch_size={args.per_device_eval_batch_size}; lower it. auto_find_batch_size "
-                    "lowers that of training alone."
-                ) from error
-            raise
+        """The scores of the model as it is."""
+        forget = self.trainer.score(self.forget, "held-out forget")
+        retain = self.trainer.score(self.retain, "held-out retain")
         return HeldOutScore(
             step, *(100 * value for value in (forget["accuracy"], forget["generic"], retain["accuracy"]))
         )
