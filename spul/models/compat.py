@@ -28,6 +28,7 @@ from accelerate.utils import (
     gather_object,
     send_to_device,
 )
+from accelerate.utils.memory import should_reduce_batch_size as should_reduce_batch_size
 from datasets import Dataset
 from peft import PeftModel, PrefixTuningConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -42,6 +43,7 @@ from transformers.trainer_pt_utils import nested_concat as nested_concat
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR as CHECKPOINT_PREFIX  # noqa: F401
 from transformers.trainer_utils import PredictionOutput as PredictionOutput
 from transformers.trainer_utils import denumpify_detensorize as denumpify_detensorize
+from transformers.trainer_utils import has_length as has_length
 from transformers.trainer_utils import speed_metrics as speed_metrics
 
 # Rows of a table that are taken at once.

@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
-from transformers.trainer_utils import has_length
 
 from ..data.collator import ForgetRetainCollator
-from ..models.compat import reset_compiled
+from ..models.compat import has_length, reset_compiled
 
 logger = logging.getLogger(__name__)
 

@@ -9,11 +9,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils.memory import should_reduce_batch_size
 
 from ..data.collator import ForgetRetainCollator
 from ..evaluation.metrics.scoring import Answers, collect_answers, summarize
-from ..models.compat import PredictionOutput, gathered, speed_metrics
+from ..models.compat import PredictionOutput, gathered, should_reduce_batch_size, speed_metrics
 from ..models.protocol import Unlearner
 from .options import check_not_stream
 from .predictions import in_precision, predict_rows
