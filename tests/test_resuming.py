@@ -1,7 +1,5 @@
 """A training resumes with the rows and the loss that its checkpoint was made with, and with no others."""
 
-import json
-import logging
 import random
 import re
 
@@ -13,7 +11,6 @@ from helpers import (
     arguments,
     assert_same,
     build,
-    make_answers,
     make_collator,
     make_dataset,
     make_tokenizer,
@@ -22,25 +19,13 @@ from helpers import (
     prompt_state,
     rows,
 )
+from resumed import STEPS, make, with_rewritten
 from transformers import AutoModelForCausalLM, EarlyStoppingCallback
 
 from spul import UnlearningLoss, UnlearningTrainer, forget_retain_dataset
 from spul.losses import CrossEntropy, KLDivergence
 from spul.records import RewrittenRows
-from spul.training import augmented, rewritings
 from spul.training.resuming import IDENTITY, saving_into
-
-STEPS = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1}
-
-
-def make(folder, dataset=None, loss=None, collator=None, own=None, unlearner=None, **more):
-    return UnlearningTrainer(
-        make_unlearner(loss=UnlearningLoss() if loss is None else loss) if unlearner is None else unlearner,
-        arguments(folder, **{**STEPS, **more}),
-        make_collator() if collator is None else collator,
-        make_dataset() if dataset is None else dataset,
-        **(own or {}),
-    )
 
 
 @pytest.fixture(scope="module")
@@ -49,13 +34,6 @@ def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("saved")
     make(folder).train()
     return str(folder / "checkpoint-1")
-
-
-def with_rewritten(forget, retain):
-    ways, collator = rewritings(None, retain, 3, (1,)), make_collator(max_length=200)
-    return forget_retain_dataset(
-        *(augmented(side, ways, collator, 2.0, 3, skips_unchanged=True) for side in (forget, retain))
-    )
 
 
 CHANGED = {  # what is passed in place of what was saved, and what the error says of it
@@ -279,35 +257,6 @@ def test_a_step_of_as_many_rows_in_other_batches_is_the_same(tmp_path):
     assert again.state.global_step == 2
 
 
-def test_a_checkpoint_without_a_note_of_rows_and_loss_is_resumed_with_a_warning(tmp_path, caplog):
-    make(tmp_path).train()
-    path = tmp_path / "checkpoint-1" / "trainer_state.json"
-    state = json.loads(path.read_text())
-    del state["stateful_callbacks"][IDENTITY]
-    path.write_text(json.dumps(state))
-    again = make(tmp_path, make_answers(), max_steps=2)
-    with caplog.at_level(logging.WARNING):
-        again.train(resume_from_checkpoint=True)
-    assert "does not say what rows and loss it was trained with" in caplog.text
-    assert again.state.global_step == 2
-
-
-def test_a_checkpoint_with_a_digest_of_an_earlier_version_resumes_with_a_warning(tmp_path, caplog):
-    make(tmp_path).train()
-    path = tmp_path / "checkpoint-1" / "trainer_state.json"
-    state = json.loads(path.read_text())
-    saved_rows = state["stateful_callbacks"][IDENTITY]["rows"]
-    saved_rows["content"] = saved_rows.pop("values")
-    path.write_text(json.dumps(state))
-    with pytest.raises(ValueError, match=r"settings: rows\.retain: 21 saved, 20 passed\. Resume"):
-        make(tmp_path, make_dataset(11, 20), max_steps=2).train(resume_from_checkpoint=True)
-    again = make(tmp_path, max_steps=2)
-    with caplog.at_level(logging.WARNING):
-        again.train(resume_from_checkpoint=True)
-    assert "a digest of its rows by an earlier version" in caplog.text
-    assert again.state.global_step == 2
-
-
 def test_the_rows_themselves_are_not_in_the_state(saved):
     with open(f"{saved}/trainer_state.json", encoding="utf-8") as file:
         text = file.read()
@@ -365,51 +314,6 @@ def test_rows_dropped_at_the_end_and_lengths_to_group_by_are_noticed(tmp_path):
     with pytest.raises(ValueError, match="settings: dataloader_drop_last: False saved, True passed"):
         make(tmp_path, same, max_steps=2, dataloader_drop_last=True, **grouped).train(resume_from_checkpoint=True)
     make(tmp_path, same, max_steps=2, **grouped).train(resume_from_checkpoint=True)
-
-
-def noted_by_an_earlier_version(folder, change=lambda saved: None):
-    """Make the checkpoint in a folder note what it did before dropped rows and lengths were noted."""
-    path = folder / "checkpoint-1" / "trainer_state.json"
-    state = json.loads(path.read_text())
-    saved = state["stateful_callbacks"][IDENTITY]
-    del saved["dataloader_drop_last"], saved["lengths"]
-    change(saved)
-    path.write_text(json.dumps(state))
-
-
-def test_a_checkpoint_that_notes_less_as_one_of_an_earlier_version_resumes(tmp_path):
-    make(tmp_path).train()
-    noted_by_an_earlier_version(tmp_path)
-    with pytest.raises(ValueError, match=r"settings: loss\.alpha: 1\.0 saved, 0\.25 passed\. Resume"):
-        make(tmp_path, loss=UnlearningLoss(alpha=0.25), max_steps=2).train(resume_from_checkpoint=True)
-    with pytest.raises(ValueError, match=r"settings: rows_of_a_step: 8 saved, 4 passed\. Resume"):
-        make(tmp_path, per_device_train_batch_size=4, max_steps=2).train(resume_from_checkpoint=True)
-    again = make(tmp_path, max_steps=2, dataloader_drop_last=True)
-    again.train(resume_from_checkpoint=True)
-    assert again.state.global_step == 2
-
-
-def test_the_rows_of_a_step_that_an_earlier_version_asked_for_are_not_compared_with_those_found(tmp_path):
-    make(tmp_path, per_device_train_batch_size=4).train()
-    noted_by_an_earlier_version(tmp_path, lambda saved: saved.update(rows_of_a_step=8))  # half fitted into memory
-    again = make(tmp_path, max_steps=2, auto_find_batch_size=True)
-    again.train(resume_from_checkpoint=True)
-    assert (again.state.global_step, again._train_batch_size) == (2, 4)
-
-
-def test_rows_tokenized_ahead_by_an_earlier_version_which_noted_no_rewritten_ones_resume(tmp_path):
-    collator = make_collator(max_length=200)
-    tokenized = with_rewritten(rows("jane", 11), rows("film", 21)).map(collator.tokenize)
-    make(tmp_path, tokenized, collator=collator).train()
-    with pytest.raises(ValueError, match=r"rows\.rewritten: .* saved, none passed"):
-        make(tmp_path, tokenized.remove_columns("rewritten_by"), collator=collator).train(resume_from_checkpoint=True)
-    noted_by_an_earlier_version(tmp_path, lambda saved: saved["rows"].update(rewritten=None))
-    others = tokenized.select(range(len(tokenized) - 1, -1, -1))
-    with pytest.raises(ValueError, match=r"settings: rows\.values: \w{12} saved, \w{12} passed\. Resume"):
-        make(tmp_path, others, collator=collator).train(resume_from_checkpoint=True)
-    again = make(tmp_path, tokenized, collator=collator, max_steps=2)
-    again.train(resume_from_checkpoint=True)
-    assert again.state.global_step == 2
 
 
 def test_the_batch_size_of_a_checkpoint_that_is_refused_is_not_taken(tmp_path):
