@@ -18,7 +18,7 @@ def run(examples, monkeypatch, tmp_path):
         return key | {"report": "", "test": {"forget": [1], "retain": [0]}, "inputs": []}
 
     def experiment(plan, seed, model, data_dir, folder):
-        return SimpleNamespace(setup=SimpleNamespace(seed=seed), digest=f"{data_dir} {seed}")
+        return SimpleNamespace(setup=SimpleNamespace(seed=seed), digest=f"{model} {data_dir} {seed}")
 
     monkeypatch.setattr(example, "measured", line)
     monkeypatch.setattr(example.Plan, "experiment", experiment)
@@ -42,5 +42,8 @@ def test_the_table_has_the_lines_of_earlier_calls_on_the_same_data_and_options(r
     assert run("--seeds", "2", "--gates", prose[0], "--prose-dir", "p") == ([prose], [first, second, prose])
     assert run("--seeds", "1") == ([], [first, second, prose])
     assert run("--seeds", "1", "--passages", "3") == ([], [first, second])
+    more = ("--gates", *(gate for gate, _ in (first, prose)), "--prose-dir", "p", "--passages", "3")
+    assert run("--seeds", "2", *more) == ([prose], [first, second, prose])
     assert run("--seeds", "1", "--attacked", "0") == ([first], [first])
-    assert run("--seeds", "1", "--data-dir", "other") == ([first], [first])
+    for option in ("--data-dir", "--model"):
+        assert run("--seeds", "1", option, "other") == ([first], [first])

@@ -1,4 +1,4 @@
-"""examples/gated.py and examples/evidence_gates.py: what other settings or models measured is measured anew."""
+"""examples/gated.py: what other settings or models measured is measured anew."""
 
 import sys
 from types import SimpleNamespace
@@ -60,44 +60,3 @@ def test_what_is_behind_a_gate_is_kept_for_its_settings_and_model_alone(trained)
     folders, scored = trained(digest="cd34")
     assert scored == 2 * 4
     assert not folders & seen
-
-
-def test_flags_of_a_gate_are_kept_for_their_settings_and_model_alone(examples, monkeypatch, tmp_path):
-    import evidence_gates
-
-    measured = []
-
-    def measure(args, experiment, key):
-        measured.append(key["gate"])
-        flags = {side: [1] for side in SIDES}
-        return key | {"report": "", "test": flags, "inputs": []}
-
-    def run(*options, model="m"):
-        measured.clear()
-        given = [
-            "--data-dir",
-            "d",
-            "--prose-dir",
-            "p",
-            "--model",
-            model,
-            "--seeds",
-            "1",
-            "--output-dir",
-            str(tmp_path),
-        ]
-        monkeypatch.setattr(sys, "argv", ["evidence_gates.py", *given, *options])
-        evidence_gates.main()
-        assert len((tmp_path / "table.md").read_text().splitlines()) == 2 + len(evidence_gates.GATES)
-        return [*measured]
-
-    monkeypatch.setattr(evidence_gates, "measured", measure)
-    monkeypatch.setattr(
-        evidence_gates.Plan, "experiment", lambda plan, seed, model, *places: SimpleNamespace(digest=model)
-    )
-    every = list(evidence_gates.GATES)
-    assert run() == every
-    assert run() == []
-    assert run("--passages", "9") == every[1:]  # those that know prose
-    assert run("--attacked", "9") == every
-    assert run(model="n") == every
