@@ -17,8 +17,8 @@ def trained(examples, monkeypatch, tmp_path):
     import gated
 
     experiment = SimpleNamespace(digest="ab12", load=lambda name: name, tokenizer=None)
-    encode = lambda row: SimpleNamespace(prompt_ids=[1])  # noqa: E731
-    experiment.collator = SimpleNamespace(encoder=SimpleNamespace(encode=encode))
+    encoder = SimpleNamespace(encode=lambda row: SimpleNamespace(prompt_ids=[1]))
+    experiment.collator = SimpleNamespace(encoder=encoder)
     found = []
 
     def prompt(*args):

@@ -123,7 +123,7 @@ class Plan:
 
     @property
     def rule(self) -> dict[str, float]:
-        """What the lines of trials depend on, beside setup and settings."""
+        """The fields that the lines of trials depend on, beside setup and settings."""
         return {
             name: getattr(self, name) for name in ("choosing_seed", "held_out", "choosing_steps", "margin", "penalty")
         }

@@ -118,12 +118,17 @@ def in_all(first: Iterable[str], *others: Container[str]) -> list[str]:
     return [name for name in first if all(name in other for other in others)]
 
 
+def seeds_by_key(measurements: Iterable[Measurement]) -> dict[Key, list[Measurement]]:
+    """The measurements of all seeds, by what was measured."""
+    found: dict[Key, list[Measurement]] = {}
+    for one in measurements:
+        found.setdefault(one.key, []).append(one)
+    return found
+
+
 def aggregate(measurements: Sequence[Measurement]) -> list[MetricValue]:
     """The metrics of measurements, with intervals, and comparisons with the retrained model."""
-    by_key: dict[Key, list[Measurement]] = {}
-    for one in measurements:
-        by_key.setdefault(one.key, []).append(one)
-    found: list[MetricValue] = []
+    by_key, found = seeds_by_key(measurements), list[MetricValue]()
     for key, seeds in by_key.items():
         if key.measure == "membership":
             if key.rows == MEMBERS:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..records.files import write_text
-from .aggregation import Key, Measurement, MetricValue, aggregate
+from .aggregation import Measurement, MetricValue, aggregate, seeds_by_key
 from .measures import key_in_words
 
 EVALUATION_NAME = "evaluation.json"
@@ -168,10 +168,7 @@ def join(evaluations: Sequence[Evaluation]) -> Evaluation:
     for key in sorted(set.union(*keys) - in_all, key=key_in_words):
         name, num = key_in_words(key), sum(key in found for found in keys)
         skipped[name] = f"of {num} of {len(keys)} seeds only" + (f"; {skipped[name]}" if name in skipped else "")
-    by_key: dict[Key, list[Measurement]] = {}
-    for one in measurements:
-        by_key.setdefault(one.key, []).append(one)
-    for key, seeds in by_key.items():
+    for key, seeds in seeds_by_key(measurements).items():
         names: list[set[str]] = [{*one.per_row, *one.overall} for one in seeds]
         for name in sorted(names[0].union(*names) - names[0].intersection(*names)):
             num = sum(name in some for some in names)

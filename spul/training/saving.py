@@ -31,8 +31,8 @@ class SavingTrainer(SteppingTrainer):
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         # Whoever asks for the checkpoint: a strategy, StopWhenForgotten, or a callback of the user's.
         states: Any = self.state.stateful_callbacks
-        if self.is_world_process_zero():
-            states.setdefault(IDENTITY, self.identity())  # a resumed training keeps that of its beginning
+        if self.is_world_process_zero() and IDENTITY not in states:  # a resumed training keeps that of its beginning
+            states[IDENTITY] = self.identity()
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, ExportableState):
                 states.setdefault(type(callback).__name__, {})  # Trainer fails at one that the checkpoint did not have
