@@ -106,6 +106,11 @@ class MetricValue:
     better: str = ""
     note: str = ""
 
+    @property
+    def key(self) -> Key:
+        """Measure, rows, model, attack and level, as of its measurements."""
+        return Key(self.measure, self.rows, self.model, self.attack, self.level)
+
 
 def in_words(attack: str, level: int | None, unit: tuple[str, str]) -> str:
     """An attack and its level with the singular or plural unit: `"diluted, 4 turns"`, `"8 bit"`."""

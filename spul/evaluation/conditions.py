@@ -16,7 +16,7 @@ from ..data.rows import SHOWN
 from ..records.digests import digest
 from ..records.fields import is_finite_number
 from ..records.messages import listed
-from .aggregation import Key, Measurement, MetricValue, aggregate
+from .aggregation import Measurement, MetricValue, aggregate, seeds_by_key
 from .measures import MEASURES, is_attacked, key_in_words, variant_in_words
 from .metrics.table import METRICS
 from .results import Evaluation
@@ -172,17 +172,19 @@ def _counted(evaluation: Evaluation, measure: str) -> list[MetricValue]:
     ]
     if measure != INPUT_ATTACK:
         return found
-    partial: dict[Key, list[Measurement]] = {}
-    for one in evaluation.measurements:
-        if (one.measure, one.model) == (measure, "unlearned") and is_attacked(one.key):
-            if "changed" not in one.per_row:
-                raise ValueError(
-                    f"{key_in_words(one.key)} was measured by an earlier version of spul, which did not note the rows "
-                    "that an attack changes; evaluate again, in another folder."
-                )
-            partial.setdefault(one.key, []).append(one)
-    partial = {key: seeds for key, seeds in partial.items() if not all(all(one.per_row["changed"]) for one in seeds)}
-    whole = [one for one in found if Key(one.measure, one.rows, one.model, one.attack, one.level) not in partial]
+    measured = [
+        one
+        for one in evaluation.measurements
+        if (one.measure, one.model) == (measure, "unlearned") and is_attacked(one.key)
+    ]
+    if old := next((one for one in measured if "changed" not in one.per_row), None):
+        raise ValueError(
+            f"{key_in_words(old.key)} was measured by an earlier version of spul, which did not note the rows that an "
+            "attack changes; evaluate again, in another folder."
+        )
+    by_key = seeds_by_key(measured)
+    partial = {key: seeds for key, seeds in by_key.items() if not all(all(one.per_row["changed"]) for one in seeds)}
+    whole = [one for one in found if one.key not in partial]
     return whole + [value for seeds in partial.values() for value in _of_changed_rows(seeds)]
 
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from ..aggregation import MEMBERS, Key, MetricValue
+from ..aggregation import MEMBERS, MetricValue
 from ..attacks.inputs import WITHOUT
 from ..measures import MEASURES, is_attacked, variant_in_words
 from ..metrics.table import metric_of
@@ -201,12 +201,11 @@ def unattacked(evaluation: Evaluation, attacked: MetricValue) -> MetricValue | N
 
 def _digests(evaluation: Evaluation, of: MetricValue) -> list[str]:
     """Digests of the rows that a value is of, one for each seed."""
-    key = Key(of.measure, of.rows, of.model, of.attack, of.level)
-    return [one.digest for one in evaluation.measurements if one.key == key]
+    return [one.digest for one in evaluation.measurements if one.key == of.key]
 
 
 def _fields(one: MetricValue) -> dict[str, Any]:
-    return {name: getattr(one, name) for name in ("measure", "rows", "name", "model", "attack", "level")}
+    return {**one.key._asdict(), "name": one.name}
 
 
 def _retrained(one: MetricValue | None, when: str = "") -> str:
